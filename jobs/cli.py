@@ -1,0 +1,179 @@
+"""The command line of every job: CONFIG.toml, key=value overrides, --dry-run. A setting is a field, never a flag."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from jobs.config import Job
+
+J = TypeVar("J", bound=Job)
+
+USAGE_ERROR, FAILURE = 2, 1  # exit codes: nothing was started; something failed on its way
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
+PATHS = ("output", "index", "latents", "path", "file")  # settings that name a file or folder
+WORKER_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a reported checkpoint is recorded, and a death noticed
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+class JobError(Exception):
+    """A mistake in what the user asked for, in words for the user."""
+
+
+def main(kind: type[J], run: Callable[[J], None], plan: Callable[[J], None], argv: Sequence[str] | None = None) -> None:
+    """Parse the command line into a `kind`, then `plan` it (--dry-run) or start Ray and `run` it. Ends the process."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{run.__module__.rpartition('.')[2] if run.__module__ != '__main__' else 'JOB'}",
+        description=kind.__doc__,
+        epilog="Each override names a setting by its dotted path, e.g. optimizer.lr=3e-5; values are TOML.",
+    )
+    parser.add_argument("config", metavar="CONFIG.toml", help="the job's settings")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace those of the file")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings and what would run; start nothing")
+    arguments = parser.parse_args(argv)
+    try:
+        job = load(kind, arguments.config, arguments.overrides)
+    except JobError as error:
+        sys.exit(_complain(f"{arguments.config}: {error}", USAGE_ERROR))
+    print(json.dumps(settings(job), indent=2, ensure_ascii=False))
+    try:
+        if arguments.dry_run:
+            plan(job)
+        else:
+            start_ray(job)
+            run(job)
+    except (ValueError, OSError, JobError) as error:
+        sys.exit(_complain(str(error), FAILURE))
+    sys.exit(0)
+
+
+def load(kind: type[J], path: str, overrides: Sequence[str]) -> J:
+    """The job that a TOML file and overrides describe. Raises JobError naming every key that is wrong."""
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise JobError(f"cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise JobError(f"not TOML: {error}") from error
+    for override in overrides:
+        _override(values, override)
+    _refuse_lost_outputs(values)
+    _make_absolute(values)
+    try:
+        job = kind.model_validate(values)
+    except ValidationError as error:
+        raise JobError("\n  ".join(["wrong settings:", *(_explain(kind, e) for e in error.errors())])) from error
+    return job
+
+
+def settings(job: Job) -> dict[str, Any]:
+    """The resolved configuration as JSON values."""
+    return job.model_dump(mode="json")
+
+
+def start_ray(job: Job) -> None:
+    """Join the configured or surrounding cluster, or start one on this machine."""
+    import ray
+
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        return
+    joins = job.ray.address is not None or "RAY_ADDRESS" in os.environ
+    ray.init(
+        address=job.ray.address,
+        num_cpus=None if joins else job.ray.cpus,
+        include_dashboard=None if joins else False,
+        logging_level=logging.WARNING,
+        runtime_env={"env_vars": {name: os.environ[name] for name in WORKER_ENVIRONMENT}},
+    )
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise JobError(f"{override!r} is not key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word, such as a path
+    *parents, last = key.split(".")
+    table = values
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise JobError(f"{key}: {parent} is not a table")
+    table[last] = value
+
+
+def _make_absolute(values: dict[str, Any]) -> None:
+    """Local paths of the settings, seen from the current directory: workers run elsewhere."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _make_absolute(value)
+        elif isinstance(value, str) and "://" not in value:
+            name_or_path = key in ("clip_l", "bigg") and os.path.exists(value)
+            if key in PATHS or name_or_path:
+                values[key] = os.path.abspath(value)
+
+
+def _explain(kind: type[Job], error: Any) -> str:
+    """One line for a person: the dotted key, what is wrong, and the nearest name that exists."""
+    path = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "tagged-"))]
+    key = ".".join(path)
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        near = difflib.get_close_matches(path[-1], _names(kind), n=1)
+        return f"{key}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
+    if error["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
+        return f"{key}: is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (it is {error['input']!r})" if key else message
+
+
+def _names(kind: type[Job]) -> list[str]:
+    """Names of all settings of a job, at any depth."""
+    names: set[str] = set()
+
+    def collect(schema: Any) -> None:
+        if isinstance(schema, Mapping):
+            names.update(schema.get("properties", {}))
+            for value in schema.values():
+                collect(value)
+        elif isinstance(schema, list):
+            for value in schema:
+                collect(value)
+
+    collect(TypeAdapter(kind).json_schema())
+    return sorted(names)
+
+
+def _refuse_lost_outputs(values: Mapping[str, Any]) -> None:
+    """A submitted job runs in a temporary copy of its directory: what it writes there by a relative path is lost."""
+    if SUBMITTED not in os.environ:
+        return
+    lost = [name for name in ("output", "index", "latents") if not str(values.get(name, "/")).startswith(("/", "s3://"))]
+    if "uri" not in values.get("tracking", {}):
+        lost.append("tracking.uri")
+    if lost:
+        raise JobError(
+            f"{', '.join(lost)}: a submitted job runs in a temporary copy of its directory; "
+            "give absolute paths or s3:// (for tracking.uri a server, or sqlite:////absolute/path.db)"
+        )
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code

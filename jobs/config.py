@@ -1,0 +1,266 @@
+"""What each job is: one strict class per job. All checks that can be made before anything starts are made here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self, TypeVar
+
+from annotated_types import Gt
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from model.config import (
+    DISCRIMINATOR_PRESETS,
+    TEXT_PRESETS,
+    UNET_PRESETS,
+    VAE_PRESETS,
+    Conditioning,
+    DiffusionConfig,
+    UNetConfig,
+)
+from pipelines.config import (
+    BatchConfig,
+    BucketConfig,
+    Count,
+    CropConfig,
+    DenoiserTaskConfig,
+    EMAConfig,
+    EncodeConfig,
+    FilterConfig,
+    GenerateConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SourceConfig,
+    StageResources,
+    TextWeightsConfig,
+    TrackingConfig,
+    VAETaskConfig,
+    WeightsConfig,
+    WorkersConfig,
+)
+from pipelines.storage import StorageOptions
+
+
+class RayConfig(BaseModel):
+    """The cluster."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    address: str | None = None
+    """Address of a running cluster; None joins the one that the job was submitted to, or starts one here."""
+    cpus: Count | None = None
+    """CPU cores of a cluster that is started here; None takes all."""
+
+
+class Job(BaseModel):
+    """What every job can be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    storage: StorageOptions = Field(default_factory=StorageOptions)
+    """How to reach S3."""
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    """MLflow."""
+    ray: RayConfig = Field(default_factory=RayConfig)
+    """Ray."""
+
+
+class PreprocessJob(Job):
+    """Images to index, and index to latents."""
+
+    stages: tuple[Literal["index", "latents"], ...] = ("index", "latents")
+    """Which of the two to bring up to date."""
+    source: SourceConfig
+    """Where the images are."""
+    index: str
+    """Folder of the index dataset."""
+    latents: str | None = None
+    """Folder of the latents dataset; needed by the latents stage."""
+    filters: FilterConfig = Field(default_factory=FilterConfig)
+    """What is rejected."""
+    buckets: BucketConfig = Field(default_factory=BucketConfig)
+    """The sizes that images are brought to."""
+    crop: CropConfig = Field(default_factory=CropConfig)
+    """Where the crop lies."""
+    vae: WeightsConfig = Field(default_factory=lambda: WeightsConfig(preset="sdxl"))
+    """The VAE that encodes; the latents stage needs its path."""
+    text: TextWeightsConfig = Field(default_factory=TextWeightsConfig)
+    """The text encoders."""
+    encode: EncodeConfig = Field(default_factory=EncodeConfig)
+    """How the latents stage encodes."""
+    tasks: StageResources = Field(default_factory=StageResources)
+    """One task of the CPU stages."""
+    index_rows_per_file: Count = 1024
+    """Images per task and per Parquet file of the index."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        from pipelines.preprocess.bucket import bucket_table
+
+        _preset("vae.preset", self.vae.preset, VAE_PRESETS)
+        _preset("text.preset", self.text.preset, TEXT_PRESETS)
+        if "latents" in self.stages and self.latents is None:
+            raise ValueError("latents: the latents stage needs a folder to write to")
+        if ("latents" in self.stages) and self.vae.path is None:
+            raise ValueError("vae.path: the latents stage needs a trained VAE")
+        multiple, down = self.buckets.multiple, VAE_PRESETS[self.vae.preset].downsample
+        if multiple % down:
+            raise ValueError(f"buckets.multiple: {multiple} is not a multiple of vae.preset's reduction, {down}")
+        for size in bucket_table(self.buckets):
+            for side in size:
+                if side % multiple:
+                    raise ValueError(f"buckets: side {side} of {size[0]} x {size[1]} is not a multiple of {multiple}")
+        fewest, most = self.encode.resources.workers
+        if fewest > most:
+            raise ValueError(f"encode.resources.workers: at least {fewest} and at most {most}")
+        return self
+
+
+class TrainingJob(Job):
+    """What the three training jobs share."""
+
+    output: str
+    """Folder of the run; the same command on it resumes."""
+    batch: BatchConfig
+    """One step's images."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """AdamW."""
+    ema: EMAConfig = Field(default_factory=EMAConfig)
+    """The averaged weights."""
+    schedule: ScheduleConfig
+    """How long, and how often what."""
+    workers: WorkersConfig = Field(default_factory=WorkersConfig)
+    """The processes that train together."""
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        batch, workers = self.batch, self.workers.count
+        if batch.global_size % (batch.micro_size * workers):
+            raise ValueError(
+                f"batch.global_size: {batch.global_size} is not a multiple of "
+                f"batch.micro_size x workers.count = {batch.micro_size} x {workers}"
+            )
+        return self
+
+
+class TrainVAEJob(TrainingJob):
+    """Train the VAE."""
+
+    task: VAETaskConfig
+    """Networks, images and loss."""
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        _preset("task.vae.preset", self.task.vae.preset, VAE_PRESETS)
+        _preset("task.discriminator", self.task.discriminator, DISCRIMINATOR_PRESETS)
+        return self
+
+
+class TrainDenoiserJob(TrainingJob):
+    """Train the base or the refiner."""
+
+    task: DenoiserTaskConfig
+    """Networks, latents and loss."""
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        task = self.task
+        _preset("task.unet.preset", task.unet.preset, UNET_PRESETS)
+        _preset("task.vae.preset", task.vae.preset, VAE_PRESETS)
+        _preset("task.text.preset", task.text.preset, TEXT_PRESETS)
+        _fits_text("task.unet.preset", UNET_PRESETS[task.unet.preset], task.text)
+        _range("task.loss.timesteps", task.loss.timesteps, task.diffusion)
+        if task.vae.path is None:
+            raise ValueError("task.vae.path: name the VAE that made the latents")
+        return self
+
+
+class TrainBaseJob(TrainDenoiserJob):
+    """Train the base."""
+
+    @model_validator(mode="after")
+    def _check_network(self) -> Self:
+        return _conditioned_on(self, Conditioning.TARGET_SIZE, "the base")
+
+
+class TrainRefinerJob(TrainDenoiserJob):
+    """Train the refiner."""
+
+    @model_validator(mode="after")
+    def _check_network(self) -> Self:
+        return _conditioned_on(self, Conditioning.AESTHETIC_SCORE, "the refiner")
+
+
+class GenerateJob(Job):
+    """Make pictures."""
+
+    output: str
+    """Folder of the pictures."""
+    generate: GenerateConfig
+    """Networks, prompts and settings."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        config = self.generate
+        _preset("generate.vae.preset", config.vae.preset, VAE_PRESETS)
+        _preset("generate.text.preset", config.text.preset, TEXT_PRESETS)
+        down = VAE_PRESETS[config.vae.preset].downsample
+        for name, weights in (("base", config.base), ("refiner", config.refiner)):
+            if weights is None:
+                continue
+            _preset(f"generate.{name}.preset", weights.preset, UNET_PRESETS)
+            unet = UNET_PRESETS[weights.preset]
+            _fits_text(f"generate.{name}.preset", unet, config.text)
+            for side in config.prompts.size:
+                if side % (down * unet.downsample) and config.prompts.index is None:
+                    raise ValueError(
+                        f"generate.prompts.size: {side} is not a multiple of {down * unet.downsample}, "
+                        f"the reduction of VAE and {name}"
+                    )
+        named = [bool(config.prompts.texts), config.prompts.file is not None, config.prompts.index is not None]
+        if sum(named) != 1:
+            raise ValueError("generate.prompts: give exactly one of texts, file and index")
+        if config.guidance.handover >= config.diffusion.num_timesteps:
+            raise ValueError(f"generate.guidance.handover: {config.guidance.handover} leaves no timestep to the base")
+        return self
+
+
+class DemoJob(Job):
+    """The whole pipeline on rendered pictures."""
+
+    output: str = "demo-output"
+    """Folder of everything that the demo makes."""
+    preset: Literal["cpu", "gpu"] = "cpu"
+    """Folder below jobs/configs/demo/ with the configuration of each stage."""
+    images: Annotated[int, Gt(1)] = 160
+    """Pictures to render."""
+    image_pixels: Annotated[int, Gt(31)] = 256
+    """Longest side of the largest picture, pixels."""
+
+
+def _preset(key: str, name: str, presets: Iterable[str]) -> None:
+    if name not in presets:
+        raise ValueError(f"{key}: there is no preset {name!r}; there are {', '.join(presets)}")
+
+
+def _range(key: str, timesteps: tuple[int, int], diffusion: DiffusionConfig) -> None:
+    first, end = timesteps
+    if not 0 <= first < end <= diffusion.num_timesteps:
+        raise ValueError(f"{key}: [{first}, {end}] does not lie inside the schedule's {diffusion.num_timesteps}")
+
+
+def _fits_text(key: str, unet: UNetConfig, text: TextWeightsConfig) -> None:
+    config = TEXT_PRESETS[text.preset]
+    if unet.context_offset + unet.context_dim > config.context_dim or unet.pooled_dim != config.pooled_dim:
+        raise ValueError(
+            f"{key}: reads text of {unet.context_offset} + {unet.context_dim} channels, pooled {unet.pooled_dim}, "
+            f"and the text encoders {text.preset!r} give {config.context_dim}, pooled {config.pooled_dim}"
+        )
+
+
+Denoiser = TypeVar("Denoiser", bound=TrainDenoiserJob)
+
+
+def _conditioned_on(job: Denoiser, condition: Conditioning, what: str) -> Denoiser:
+    if condition not in UNET_PRESETS[job.task.unet.preset].conditioning:
+        raise ValueError(f"task.unet.preset: {job.task.unet.preset!r} is not conditioned on {condition}, as {what} is")
+    return job

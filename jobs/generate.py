@@ -1,0 +1,55 @@
+"""Make pictures of prompts: python -m jobs.generate CONFIG.toml"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from jobs.cli import main, settings
+from jobs.config import GenerateJob
+from pipelines.schema import require_manifest
+from pipelines.storage import Storage
+from pipelines.tracking import Lineage, closing, log_numbers, log_picture, open_run, tracking_uri
+
+
+def run(job: GenerateJob) -> None:
+    """Make the pictures that are not there yet."""
+    from pipelines.evaluate.generate import SHEET, generate_pictures
+
+    config, output = job.generate, Storage(job.output, job.storage)
+    inputs = []
+    if config.prompts.index is not None:
+        index = Storage(config.prompts.index, job.storage)
+        inputs = [Lineage(name="index", uri=index.uri, manifest=require_manifest(index, "index"))]
+    uri = tracking_uri(job.tracking)
+    run_id = open_run(
+        uri, stage="generate", name=job.tracking.run_name or "generate", config=settings(job), inputs=inputs
+    )
+    begun = time.perf_counter()
+    with closing(uri, run_id):
+        manifest = generate_pictures(config, output)
+        seconds = time.perf_counter() - begun
+        log_picture(uri, run_id, SHEET, output.read(SHEET))
+        log_numbers(uri, run_id, {"pictures_made": manifest["made"], "seconds": seconds})
+    print(
+        f"generate: {manifest['made']} of {len(manifest['pictures'])} pictures made in {seconds:.1f} s, in {job.output}"
+    )
+
+
+def plan(job: GenerateJob) -> None:
+    """Print what would be made."""
+    from pipelines.evaluate.generate import read_prompts
+    from pipelines.estimate import parameters
+
+    config = job.generate
+    prompts = read_prompts(config.prompts, job.storage)
+    sizes = Counter(prompt.size for prompt in prompts)
+    print(f"prompts: {len(prompts)}, " + ", ".join(f"{n} of {h} x {w}" for (h, w), n in sorted(sizes.items())))
+    print(f"steps: {config.guidance.steps}, the refiner below timestep {config.guidance.handover}")
+    for name, weights in (("base", config.base), ("refiner", config.refiner)):
+        if weights is not None:
+            print(f"{name}: {parameters('unet', weights.preset):,} parameters")
+
+
+if __name__ == "__main__":
+    main(GenerateJob, run, plan)

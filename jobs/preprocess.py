@@ -1,0 +1,96 @@
+"""Bring the index and the latents up to date with their source: python -m jobs.preprocess CONFIG.toml"""
+
+from __future__ import annotations
+
+import time
+
+from jobs.cli import main, settings
+from jobs.config import PreprocessJob
+from pipelines.preprocess.bucket import bucket_table
+from pipelines.schema import Manifest, read_manifest, require_manifest
+from pipelines.storage import Storage
+from pipelines.tracking import Lineage, closing, log_json, log_numbers, open_run, tracking_uri
+
+
+def run(job: PreprocessJob) -> None:
+    """Run the configured stages."""
+    for stage in job.stages:
+        run_stage(job, stage)
+
+
+def run_stage(job: PreprocessJob, stage: str) -> None:
+    """Run one stage under its MLflow run, and print what it did."""
+    from pipelines.preprocess.pipeline import Outcome, build_index, build_latents
+
+    source, index = Storage(job.source.path, job.storage), Storage(job.index, job.storage)
+    inputs = []
+    if stage == "latents":
+        inputs = [Lineage(name="index", uri=index.uri, manifest=require_manifest(index, "index"))]
+    uri = tracking_uri(job.tracking)
+    run_id = open_run(uri, stage=stage, name=job.tracking.run_name or stage, config=settings(job), inputs=inputs)
+    begun = time.perf_counter()
+    with closing(uri, run_id):
+        outcome: Outcome
+        if stage == "index":
+            outcome = build_index(
+                source_config=job.source,
+                filters=job.filters,
+                buckets=job.buckets,
+                source=source,
+                dataset=index,
+                rows_per_file=job.index_rows_per_file,
+                resources=job.tasks,
+            )
+        else:
+            assert job.latents is not None
+            outcome = build_latents(
+                vae=job.vae,
+                text=job.text,
+                crop=job.crop,
+                encode=job.encode,
+                max_pixels=job.filters.max_pixels,
+                source=source,
+                index=index,
+                dataset=Storage(job.latents, job.storage),
+                resources=job.tasks,
+            )
+        seconds = time.perf_counter() - begun
+        manifest = outcome.manifest
+        log_json(uri, run_id, "manifest.json", vars(manifest) | {"digest": manifest.digest})
+        counts = {f"rows_{name}": float(count) for name, count in manifest.counts.items()}
+        totals = {"rows": manifest.rows, "rows_made": outcome.done, "rows_failed": len(outcome.failures)}
+        log_numbers(uri, run_id, counts | totals | {"seconds": seconds})
+    print(f"{stage}: {outcome.done} made in {seconds:.1f} s, {_describe(manifest)}")
+    for path, reason in outcome.failures.items():
+        print(f"  failed: {path}: {reason}")
+
+
+def plan(job: PreprocessJob) -> None:
+    """Print what would be done."""
+    from pipelines.preprocess.read import list_inputs
+
+    source = Storage(job.source.path, job.storage)
+    inputs = list_inputs(source, job.source)
+    table = bucket_table(job.buckets)
+    print(f"source: {inputs.num_rows} images in {source.uri}")
+    print(f"buckets: {len(table)}, from {table[0][0]} x {table[0][1]} to {table[-1][0]} x {table[-1][1]} (h x w)")
+    for kind, folder in (("index", job.index), ("latents", job.latents)):
+        manifest = read_manifest(Storage(folder, job.storage), kind) if folder else None
+        print(f"{kind}: {_describe(manifest) if manifest else 'nothing yet'}, in {folder}")
+    if "latents" in job.stages:
+        from pipelines.estimate import parameters
+
+        area, rows = max(h * w for h, w in table), job.encode.rows_per_file
+        print(
+            f"encoders: VAE {parameters('vae', job.vae.preset):,} parameters, text {parameters('text', job.text.preset):,}"
+        )
+        print(f"memory: {rows * area * 3 / 2**20:.0f} MiB of pixels for each task of {rows} images on its way")
+
+
+def _describe(manifest: Manifest) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in manifest.counts.items())
+    return f"{manifest.rows} rows ({counts})"
+
+
+if __name__ == "__main__":
+    main(PreprocessJob, run, plan)

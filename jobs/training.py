@@ -1,0 +1,73 @@
+"""What the three training jobs do alike."""
+
+from __future__ import annotations
+
+import time
+
+from jobs.cli import settings
+from jobs.config import TrainDenoiserJob, TrainingJob, TrainVAEJob
+from pipelines.schema import require_manifest
+from pipelines.storage import Storage
+
+
+def train_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
+    """Train, and print where the weights are."""
+    from pipelines.train.launch import train
+
+    begun = time.perf_counter()
+    images = train(
+        stage=stage,
+        task=job.task,
+        batch=job.batch,
+        optimizer=job.optimizer,
+        ema=job.ema,
+        schedule=job.schedule,
+        workers=job.workers,
+        tracking=job.tracking,
+        options=job.storage,
+        output=Storage(job.output, job.storage),
+        settings=settings(job),
+    )
+    if images:
+        print(
+            f"{stage}: trained to {job.schedule.images} images in {time.perf_counter() - begun:.1f} s, in {job.output}"
+        )
+    else:
+        print(f"{stage}: {job.output} is finished at {job.schedule.images} images; nothing to do")
+
+
+def plan_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
+    """Print rows, buckets, steps, parameters and memory, and check the dataset against the networks."""
+    from pipelines.estimate import memory_per_worker, parameters
+    from pipelines.train.launch import check_latents
+
+    if isinstance(job, TrainDenoiserJob):
+        manifest = require_manifest(Storage(job.task.latents, job.storage), "latents")
+        check_latents(job.task, manifest, job.storage)
+        rows = manifest.rows
+        networks = {"unet": parameters("unet", job.task.unet.preset)}
+    else:
+        manifest = require_manifest(Storage(job.task.index, job.storage), "index")
+        rows = manifest.counts.get("kept", 0)
+        networks = {
+            "vae": parameters("vae", job.task.vae.preset),
+            "discriminator": parameters("discriminator", job.task.discriminator),
+        }
+    print(f"{stage}: {rows} rows; " + ", ".join(f"{count} {name}" for name, count in manifest.counts.items()))
+    _print_steps(job, rows)
+    for name, count in networks.items():
+        print(f"{name}: {count:,} parameters")
+    memory = memory_per_worker(networks, job.workers)
+    print(f"memory per worker, without activations: {sum(memory.values()) / 2**30:.2f} GiB")
+    for name, size in memory.items():
+        print(f"  {name}: {size / 2**30:.3f} GiB")
+
+
+def _print_steps(job: TrainingJob, rows: int) -> None:
+    batch, workers = job.batch, job.workers
+    steps = -(-job.schedule.images // batch.global_size)
+    accumulation = batch.global_size // (batch.micro_size * workers.count)
+    print(
+        f"steps: {steps} of {batch.global_size} images ({workers.count} workers x {batch.micro_size} images x "
+        f"{accumulation} passes), {job.schedule.images / max(1, rows):.1f} epochs"
+    )

@@ -1,0 +1,100 @@
+"""The VAE's training loss (arXiv 2112.10752, appendix G): reconstruction, divergence, and a patch discriminator.
+
+    total = reconstruction + kl_weight * divergence + adversarial_weight * adaptive_weight * adversarial
+
+Reconstruction and divergence are sums over an image's elements, as in latent diffusion, so that kl_weight 1e-6 means
+what it means there; both are then divided by the image's pixels H * W, which leaves their ratio alone and keeps the
+gradient's size independent of the resolution. Every loss is per sample, [B].
+
+B batch, H W image height and width, h w height and width of the discriminator's map of patches
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import DiscriminatorConfig
+from model.vae import Posterior
+
+
+def reconstruction_loss(image: Tensor, reconstruction: Tensor) -> Tensor:
+    """Absolute difference [B] of two images [B,3,H,W], summed over channels and pixels, per pixel, in fp32."""
+    difference = (image.float() - reconstruction.float()).abs()  # [B,3,H,W]
+    return difference.flatten(1).sum(1) / _pixels(image)
+
+
+def divergence_loss(posterior: Posterior, image: Tensor) -> Tensor:
+    """Divergence from the unit Gaussian [B], summed over the latent's elements, per pixel of `image` [B,3,H,W]."""
+    return posterior.kl() / _pixels(image)
+
+
+def adversarial_loss(fake_logits: Tensor) -> Tensor:
+    """What the decoder lowers [B]: minus the mean over patches of the logits [B,1,h,w] of its reconstructions."""
+    return -fake_logits.float().flatten(1).mean(1)
+
+
+def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """What the discriminator lowers [B], from logits [B,1,h,w] of images and of detached reconstructions."""
+    real = F.relu(1.0 - real_logits.float()).flatten(1).mean(1)  # [B]
+    fake = F.relu(1.0 + fake_logits.float()).flatten(1).mean(1)  # [B]
+    return 0.5 * (real + fake)
+
+
+def adaptive_weight(
+    nll: Tensor,
+    adversarial: Tensor,
+    last_layer: Tensor,
+    average: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> Tensor:
+    """The factor that gives the adversarial term the gradient norm of the reconstruction at the decoder's last layer.
+
+    `nll` and `adversarial` are the batch's mean reconstruction and adversarial losses, scalars with a graph;
+    `last_layer` is `VAE.last_layer`. `average` is the mean over workers of a gradient, so that the factor belongs to
+    the global batch and not to how it is split. The result is a scalar without gradient, at most 1e4
+    (arXiv 2012.09841, eq. 7).
+    """
+    nll_gradient = average(torch.autograd.grad(nll, last_layer, retain_graph=True)[0].float())
+    adversarial_gradient = average(torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].float())
+    return (nll_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+
+
+class PatchDiscriminator(nn.Module):
+    """Judges overlapping patches of an image (arXiv 1611.07004, 6.1.2): `layers` of stride 2, two of stride 1.
+
+    It has GroupNorm where the published one has BatchNorm: a sample's loss then depends neither on its neighbours in
+    the batch nor on the number of workers that the batch is split over.
+    """
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        channels = config.channels
+        self.layers = nn.Sequential(nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
+        for index in range(1, config.layers + 1):
+            width = config.channels * min(2**index, 8)
+            stride = 2 if index < config.layers else 1
+            self.layers.extend(
+                [
+                    nn.Conv2d(channels, width, 4, stride=stride, padding=1, bias=False),
+                    nn.GroupNorm(config.norm_groups, width),
+                    nn.LeakyReLU(0.2),
+                ]
+            )
+            channels = width
+        self.layers.append(nn.Conv2d(channels, 1, 4, padding=1))
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, 0.02)
+            elif isinstance(layer, nn.GroupNorm):
+                nn.init.normal_(layer.weight, 1.0, 0.02)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits [B,1,h,w], positive for what looks real, of `image` [B,3,H,W] in [-1, 1]."""
+        return self.layers(image.to(next(self.parameters()).dtype))
+
+
+def _pixels(image: Tensor) -> int:
+    return image.shape[-2] * image.shape[-1]

@@ -1,0 +1,106 @@
+"""Image files to pixels: headers, decoding to upright sRGB, and the crop that brings an image to its bucket."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+from pipelines.config import CropConfig, Size
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO")  # Pillow's other decoders stay unreached
+DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    NotImplementedError,
+    MemoryError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    ImageCms.PyCMSError,
+)
+TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+ORIENTATION_TAG = 0x0112
+
+
+def content_id(data: bytes) -> str:
+    """The id of an image file: the first 32 hex digits of its bytes' sha256."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The image, its header read and its pixels not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the pixel limit is the filter's
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def header_size(data: bytes) -> Size:
+    """(height, width) in pixels of the upright image, from its header alone."""
+    with open_image(data) as image:
+        width, height = image.size
+        transposed = image.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS
+    return (width, height) if transposed else (height, width)
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    """The upright image in sRGB, transparency over white; the first frame of an animation.
+
+    Raises one of DECODE_ERRORS where the file is damaged, truncated or not an image.
+    """
+    with open_image(data) as image:
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"the header claims {image.height} x {image.width} pixels")
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        profile = image.info.get("icc_profile")
+    if upright.mode in ("I;16", "I;16B", "I;16L", "I"):
+        upright = upright.point(lambda value: value / 256).convert("L")  # 16 bits to 8; Pillow itself would clip
+    if upright.has_transparency_data:
+        layer = upright.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    if profile and upright.mode in ("RGB", "CMYK", "L"):
+        return _to_srgb(upright, profile)
+    return upright.convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert converted is not None  # None only for inPlace=True
+    return converted
+
+
+def fit(size: Size, bucket: Size) -> Size:
+    """(height, width) of the smallest image of this aspect that covers the bucket."""
+    height, width = size
+    scale = max(bucket[0] / height, bucket[1] / width)
+    return max(bucket[0], round(height * scale)), max(bucket[1], round(width * scale))
+
+
+def draw_crop(size: Size, bucket: Size, crop: CropConfig, image_id: str) -> tuple[tuple[int, int], bool]:
+    """((top, left) in pixels of the resized image, flip), drawn from the seed and the image (SDXL Algorithm 1)."""
+    height, width = fit(size, bucket)
+    seed = hashlib.sha256(f"{crop.seed}:{image_id}".encode()).digest()
+    draws = np.random.Generator(np.random.PCG64(int.from_bytes(seed)))
+    flip = bool(draws.random() < crop.flip_chance)
+    if crop.placement == "center":
+        return ((height - bucket[0]) // 2, (width - bucket[1]) // 2), flip
+    return (int(draws.integers(height - bucket[0] + 1)), int(draws.integers(width - bucket[1] + 1))), flip
+
+
+def crop_pixels(image: Image.Image, bucket: Size, top_left: tuple[int, int], flip: bool) -> np.ndarray:
+    """uint8 [height, width, 3]: the image resized by the shorter fit, cropped to the bucket, mirrored if asked."""
+    height, width = fit((image.height, image.width), bucket)
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+    top, left = top_left
+    pixels = np.asarray(resized)[top : top + bucket[0], left : left + bucket[1]]
+    return pixels[:, ::-1] if flip else pixels

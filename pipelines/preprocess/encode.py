@@ -1,0 +1,153 @@
+"""Kept images -> latents rows: crop to the bucket on CPUs, encode image and caption where the networks are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from model.config import CONTEXT_LENGTH
+from model.text import tokenize
+from pipelines import networks
+from pipelines.config import CropConfig, EncodeConfig, Size, TextWeightsConfig, WeightsConfig
+from pipelines.images import DECODE_ERRORS, content_id, crop_pixels, decode, draw_crop
+from pipelines.preprocess.measure import map_rows
+from pipelines.preprocess.write import FAILURE
+from pipelines.schema import PAIR, Column, latents_schema, tensor_column
+from pipelines.storage import Storage, StorageOptions
+
+PIXELS = "pixels"  # uint8 [height, width, 3] of the bucket, as fixed-size bytes
+
+
+def crop_images(rows: pa.Table, source: Storage, crop: CropConfig, max_pixels: int) -> pa.Table:
+    """Index rows of one bucket, with pixels, crop_top_left, target_size and flip, or the failure."""
+    height, width = rows.column(Column.BUCKET)[0].as_py()
+    schema = rows.schema
+    for field in (
+        pa.field(Column.CROP_TOP_LEFT, PAIR),
+        pa.field(Column.TARGET_SIZE, PAIR),
+        pa.field(Column.FLIP, pa.bool_()),
+        pa.field(PIXELS, pa.binary(height * width * 3)),
+        pa.field(FAILURE, pa.string()),
+    ):
+        schema = schema.append(field)
+
+    def row(values: dict[str, Any]) -> dict[str, Any]:
+        try:
+            data = source.read(values[Column.PATH])
+            if content_id(data) != values[Column.ID]:
+                raise ValueError("the file has changed since it was indexed")
+            image = decode(data, max_pixels)
+        except DECODE_ERRORS as error:
+            return values | {FAILURE: f"{type(error).__name__}: {error}"}
+        bucket = (height, width)
+        top_left, flip = draw_crop((image.height, image.width), bucket, crop, values[Column.ID])
+        return values | {
+            PIXELS: crop_pixels(image, bucket, top_left, flip).tobytes(),
+            Column.CROP_TOP_LEFT: top_left,
+            Column.TARGET_SIZE: bucket,
+            Column.FLIP: flip,
+        }
+
+    return map_rows(row, rows, schema)
+
+
+class Encoder:
+    """One actor of the encode stage: the VAE and both text encoders on one device."""
+
+    def __init__(
+        self, vae: WeightsConfig, text: TextWeightsConfig, config: EncodeConfig, options: StorageOptions
+    ) -> None:
+        if config.resources.gpus:
+            self.device = torch.device("cuda")
+        else:
+            self.device = torch.device("cpu")
+            torch.set_num_threads(max(1, int(config.resources.cpus)))
+        self.config = config
+        dtype = getattr(torch, config.dtype)
+        self.vae = networks.vae(vae, options).to(self.device, dtype).eval().requires_grad_(False)
+        self.text = networks.text_encoders(text).to(self.device, dtype)
+        self.text_config = networks.text_config(text)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Rows with pixels and captions -> latents rows; failed rows pass through with their reason."""
+        good = rows.filter(pc.is_null(rows.column(FAILURE)))
+        failed = rows.filter(pc.is_valid(rows.column(FAILURE)))
+        height, width = rows.column(Column.BUCKET)[0].as_py()
+        mean, std = self._encode_images(good.column(PIXELS), (height, width))
+        context, pooled = self._encode_captions(good.column(Column.CAPTION).to_pylist())
+        tensors = {
+            Column.LATENT_MEAN: mean,
+            Column.LATENT_STD: std,
+            Column.CONTEXT: context,
+            Column.POOLED: pooled,
+        }
+        finite = np.ones(good.num_rows, bool)
+        for array in tensors.values():
+            finite &= np.isfinite(array.reshape(len(array), -1)).all(1) if len(array) else finite
+        schema = latents_schema(mean.shape[1:], context.shape[1:], pooled.shape[1:])
+        for name in (Column.PATH, FAILURE, *(name for name in rows.column_names if name.startswith("unit"))):
+            schema = schema.append(rows.schema.field(name))
+        reasons = [None if ok else f"not finite in {self.config.dtype}" for ok in finite]
+        good = good.set_column(good.schema.get_field_index(FAILURE), FAILURE, pa.array(reasons, pa.string()))
+        encoded = [
+            tensor_column(tensors[field.name]) if field.name in tensors else good.column(field.name).cast(field.type)
+            for field in schema
+        ]
+        table = pa.Table.from_arrays(encoded, schema=schema)
+        return pa.concat_tables([table, _without_tensors(failed, schema)]) if failed.num_rows else table
+
+    def _encode_images(self, pixels: pa.ChunkedArray, bucket: Size) -> tuple[np.ndarray, np.ndarray]:
+        """Posterior mean and std, each float16 [N, 4, h, w]."""
+        height, width = bucket
+        down = self.vae.config.downsample
+        empty = np.empty((0, self.vae.config.latent_channels, height // down, width // down), np.float16)
+        means, stds = [empty], [empty]
+        for batch in _batches(pixels.to_pylist(), self.config.batch):
+            uint8 = np.frombuffer(b"".join(batch), np.uint8).reshape(len(batch), height, width, 3)
+            posterior = encode_image(self.vae, torch.from_numpy(uint8.copy()).to(self.device))
+            means.append(posterior.mean.to(torch.float16).cpu().numpy())
+            stds.append(posterior.std.to(torch.float16).cpu().numpy())
+        return np.concatenate(means), np.concatenate(stds)
+
+    def _encode_captions(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Context [N, 77, channels] and pooled [N, channels], float16; each distinct caption is encoded once."""
+        distinct = sorted(set(captions))
+        contexts = [np.empty((0, CONTEXT_LENGTH, self.text_config.context_dim), np.float16)]
+        pooled = [np.empty((0, self.text_config.pooled_dim), np.float16)]
+        for batch in _batches(distinct, self.config.text_batch):
+            features = self.text(tokenize(batch, self.text_config).to(self.device))
+            contexts.append(features.context.to(torch.float16).cpu().numpy())
+            pooled.append(features.pooled.to(torch.float16).cpu().numpy())
+        position = {caption: row for row, caption in enumerate(distinct)}
+        rows = np.array([position[caption] for caption in captions], np.int64)
+        return np.concatenate(contexts)[rows], np.concatenate(pooled)[rows]
+
+
+@torch.no_grad()
+def encode_image(vae, pixels: torch.Tensor):  # type: ignore[no-untyped-def]
+    """uint8 [B, H, W, 3] -> the VAE's posterior."""
+    image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
+    return vae.encode(image.to(next(vae.parameters()).dtype))
+
+
+def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _without_tensors(failed: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Failed rows in the schema of finished ones; they are reported and never stored, so any value will do."""
+    arrays = []
+    for field in schema:
+        if field.name in failed.column_names and not pa.types.is_fixed_size_binary(field.type):
+            arrays.append(failed.column(field.name).cast(field.type))
+        elif pa.types.is_fixed_size_binary(field.type):
+            arrays.append(pa.array([bytes(field.type.byte_width)] * failed.num_rows, field.type))
+        else:
+            arrays.append(pa.nulls(failed.num_rows, field.type))
+    return pa.Table.from_arrays(arrays, schema=schema.remove_metadata())

@@ -1,0 +1,59 @@
+"""Open each image once: what it is, how large it is, and whether it can be read at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.config import FilterConfig, Size
+from pipelines.images import DECODE_ERRORS, content_id, decode, header_size
+from pipelines.schema import INDEX_SCHEMA, Column, Reject
+from pipelines.storage import Storage
+
+READ_THREADS = 8  # reads in flight per task; decoding releases the interpreter lock
+
+
+def measure(inputs: pa.Table, source: Storage, filters: FilterConfig) -> pa.Table:
+    """Inputs -> index rows with id, original size and, for an image that cannot be read, the reason."""
+
+    def row(values: dict[str, Any]) -> dict[str, Any]:
+        index = {name: values.get(name) for name in INDEX_SCHEMA.names}
+        try:
+            data = source.read(values[Column.PATH])
+        except OSError as error:
+            return index | _reject(Reject.UNREADABLE, error)
+        index[Column.ID] = content_id(data)
+        try:
+            height, width = index[Column.ORIGINAL_SIZE] = header_size(data)
+            if height * width > filters.max_pixels:
+                detail = f"the header claims {height} x {width} pixels"
+                return index | {Column.REJECT_REASON: Reject.TOO_LARGE, Column.REJECT_DETAIL: detail}
+            decode(data, filters.max_pixels)
+        except DECODE_ERRORS as error:
+            return index | _reject(Reject.UNREADABLE, error)
+        return index
+
+    return map_rows(row, inputs, INDEX_SCHEMA)
+
+
+def map_rows(function: Callable[[dict[str, Any]], dict[str, Any]], table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """`function` over the rows of a task's table, several at a time; further columns of the table are kept."""
+    rows = table.to_pylist()
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        result = pa.Table.from_pylist(list(pool.map(function, rows)), schema)
+    for name in table.column_names:
+        if name not in schema.names:
+            result = result.append_column(table.schema.field(name), table.column(name))
+    return result
+
+
+def _reject(reason: Reject, error: BaseException) -> dict[str, Any]:
+    return {Column.REJECT_REASON: reason, Column.REJECT_DETAIL: f"{type(error).__name__}: {error}"[:500]}
+
+
+def sizes(table: pa.Table) -> Sequence[Size | None]:
+    """The original sizes of an index table, row by row."""
+    return [value and (value[0], value[1]) for value in table.column(Column.ORIGINAL_SIZE).to_pylist()]

@@ -1,0 +1,308 @@
+"""Preprocessing as two lists of stages: source -> index, and index -> latents. Both stream through Ray Data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, Dataset
+
+from pipelines import networks
+from pipelines.config import (
+    BucketConfig,
+    CropConfig,
+    EncodeConfig,
+    FilterConfig,
+    SourceConfig,
+    StageResources,
+    TextWeightsConfig,
+    WeightsConfig,
+)
+from pipelines.preprocess.bucket import assign_buckets, bucket_table
+from pipelines.preprocess.encode import Encoder, crop_images
+from pipelines.preprocess.filter import apply_filters, mark_duplicates
+from pipelines.preprocess.measure import measure
+from pipelines.preprocess.read import list_inputs
+from pipelines.preprocess.write import (
+    FAILURE,
+    collect_garbage,
+    cut,
+    missing,
+    select,
+    stored,
+    write_units,
+)
+from pipelines.progress import progress
+from pipelines.schema import (
+    INDEX_SCHEMA,
+    MANIFEST,
+    SCHEMA_VERSION,
+    Column,
+    DataFile,
+    Manifest,
+    digest,
+    kept_rows,
+    read_manifest,
+    require_manifest,
+    write_manifest,
+)
+from pipelines.storage import Storage
+
+INDEX_COMPRESSION, LATENTS_COMPRESSION = "zstd", "lz4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run of one stage did."""
+
+    manifest: Manifest
+    """The dataset as it is now."""
+    done: int
+    """Rows that this run made."""
+    failures: Mapping[str, str]
+    """Paths that could not be made, and why."""
+
+
+def build_index(
+    *,
+    source_config: SourceConfig,
+    filters: FilterConfig,
+    buckets: BucketConfig,
+    source: Storage,
+    dataset: Storage,
+    rows_per_file: int,
+    resources: StageResources,
+) -> Outcome:
+    """Bring the index up to date with its source: one row for every input, kept or with its reason."""
+    dataset.remove_incomplete()
+    table = bucket_table(buckets)
+    fingerprint = {"schema": SCHEMA_VERSION, "filters": asdict(filters), "buckets": [list(size) for size in table]}
+    folder = f"data/{digest(fingerprint)[:12]}"
+    inputs = list_inputs(source, source_config)
+    new = missing(inputs, stored(dataset, folder))
+    units = cut(new, rows_per_file)
+    if units:
+        stages = (
+            _dataset(units)
+            .map_batches(partial(measure, source=source, filters=filters), **_tasks(resources))
+            .map_batches(partial(apply_filters, config=filters), **_tasks(resources))
+            .map_batches(partial(assign_buckets, table=table), **_tasks(resources))
+            .map_batches(
+                partial(write_units, dataset=dataset, folder=folder, compression=INDEX_COMPRESSION), **_tasks(resources)
+            )
+        )
+        _run(stages, "index", new.num_rows)
+    return Outcome(manifest=_commit_index(dataset, folder, inputs, fingerprint), done=new.num_rows, failures={})
+
+
+def build_latents(
+    *,
+    vae: WeightsConfig,
+    text: TextWeightsConfig,
+    crop: CropConfig,
+    encode: EncodeConfig,
+    max_pixels: int,
+    source: Storage,
+    index: Storage,
+    dataset: Storage,
+    resources: StageResources,
+) -> Outcome:
+    """Bring the latents up to date with the index: one row for every kept image, by bucket."""
+    dataset.remove_incomplete()
+    index_manifest = require_manifest(index, "index")
+    made_by = networks.fingerprint(vae, text, dataset.options) | {
+        "schema": SCHEMA_VERSION,
+        "buckets": index_manifest.fingerprint["buckets"],
+        "crop": asdict(crop),
+        "dtype": encode.dtype,
+    }
+    folder = f"data/{digest(made_by)[:12]}"
+    kept = kept_rows(index, index_manifest)
+    rows = missing(kept, stored(dataset, folder))
+    units = cut(rows, encode.rows_per_file, _by_bucket(rows))
+    failures: dict[str, str] = {}
+    if units:
+        stages = (
+            _dataset(units)
+            .map_batches(partial(crop_images, source=source, crop=crop, max_pixels=max_pixels), **_tasks(resources))
+            .map_batches(Encoder, fn_constructor_args=(vae, text, encode, dataset.options), **_actors(encode.resources))
+            .map_batches(
+                partial(write_units, dataset=dataset, folder=folder, compression=LATENTS_COMPRESSION),
+                **_tasks(resources),
+            )
+        )
+        failures = _run(stages, "latents", rows.num_rows)
+    facts = {
+        "vae": asdict(networks.vae(vae, dataset.options).config),
+        "text": asdict(networks.text_config(text)),
+        "without_aesthetic_score": kept.column(Column.AESTHETIC_SCORE).null_count,
+    }
+    manifest = _commit_latents(
+        dataset=dataset,
+        folder=folder,
+        kept=kept,
+        made_by=made_by,
+        facts=facts,
+        parents={"index": index_manifest.digest},
+        failures=failures,
+    )
+    return Outcome(manifest=manifest, done=rows.num_rows - len(failures), failures=failures)
+
+
+def _by_bucket(rows: pa.Table) -> dict[str, pa.Array]:
+    """Masks of the rows of each bucket, named as the folder of its files: HEIGHTxWIDTH."""
+    buckets = [tuple(bucket) for bucket in rows.column(Column.BUCKET).to_pylist()]
+    return {
+        f"{height}x{width}": pa.array([bucket == (height, width) for bucket in buckets])
+        for height, width in sorted(set(buckets))
+    }
+
+
+def _dataset(units: Sequence[pa.Table]) -> Dataset:
+    """A Ray dataset with one block per unit. Blocks stay whole on their way, however large the pixels make them."""
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = None
+    context.enable_progress_bars = False  # ours counts images
+    return ray.data.from_arrow(list(units))
+
+
+def _tasks(resources: StageResources) -> dict[str, Any]:
+    """How a stage of plain functions runs. A process that dies is replaced a few times, not for ever."""
+    return {
+        "batch_format": "pyarrow",
+        "batch_size": None,
+        "num_cpus": resources.cpus,
+        "ray_remote_args_fn": partial(dict, max_retries=resources.max_retries),
+    }
+
+
+def _actors(resources: StageResources) -> dict[str, Any]:
+    """How a stage that keeps a network in memory runs."""
+    fewest, most = resources.workers
+    return {
+        "batch_format": "pyarrow",
+        "batch_size": None,
+        "num_cpus": resources.cpus,
+        "num_gpus": resources.gpus or None,
+        "compute": ActorPoolStrategy(min_size=fewest, max_size=most),
+        "max_restarts": resources.max_retries,
+        "max_task_retries": resources.max_retries,
+    }
+
+
+def _run(stages: Dataset, label: str, rows: int) -> dict[str, str]:
+    """Run the stages to their end; gives the paths that failed, and why."""
+    failures: dict[str, str] = {}
+    with progress(label, rows) as bar:
+        for unit in stages.iter_rows():
+            failures |= {failure[Column.PATH]: failure[FAILURE] for failure in unit["failures"]}
+            bar.update(unit["rows"] + len(unit["failures"]))
+        if bar.n != rows:
+            raise RuntimeError(f"{label}: {rows} rows went in and {bar.n} came out")
+    return failures
+
+
+def _commit_index(dataset: Storage, folder: str, inputs: pa.Table, fingerprint: Mapping[str, Any]) -> Manifest:
+    """Make exactly the current inputs the index, duplicates judged over all of them."""
+    have = stored(dataset, folder)
+    wanted = set(inputs.column(Column.KEY).to_pylist())
+    columns = [Column.KEY, Column.ID, Column.PATH, Column.REJECT_REASON, Column.REJECT_DETAIL]
+    found = [dataset.read_table(file.name, columns) for file in have]
+    everything = pa.concat_tables(found) if found else INDEX_SCHEMA.empty_table().select(columns)
+    everything = everything.filter(pc.is_in(everything.column(Column.KEY), value_set=inputs.column(Column.KEY)))
+    judged = mark_duplicates(_first_of_each_key(everything))
+    reasons = judged.column(Column.REJECT_REASON).to_pylist()
+    details = judged.column(Column.REJECT_DETAIL).to_pylist()
+    verdicts = dict(zip(judged.column(Column.KEY).to_pylist(), zip(reasons, details, strict=True), strict=True))
+
+    def judge(rows: pa.Table) -> pa.Table | None:
+        old = list(
+            zip(*(rows.column(n).to_pylist() for n in (Column.REJECT_REASON, Column.REJECT_DETAIL)), strict=True)
+        )
+        new = [verdicts[key] for key in rows.column(Column.KEY).to_pylist()]
+        if old == new:
+            return None
+        for name, values in zip((Column.REJECT_REASON, Column.REJECT_DETAIL), zip(*new, strict=True), strict=True):
+            rows = rows.set_column(
+                rows.schema.get_field_index(name), INDEX_SCHEMA.field(name), pa.array(values, pa.string())
+            )
+        return rows
+
+    files = select(dataset, have, wanted, judge, INDEX_COMPRESSION)
+    counts = Counter(reason or "kept" for reason in reasons)
+    return _commit(
+        dataset,
+        folder,
+        [DataFile(name=name, rows=rows) for name, rows in files],
+        expected=len(wanted),
+        kind="index",
+        counts=dict(sorted(counts.items())),
+        fingerprint=fingerprint,
+        parents={},
+    )
+
+
+def _first_of_each_key(rows: pa.Table) -> pa.Table:
+    seen: set[str] = set()
+    first = [not (key in seen or seen.add(key)) for key in rows.column(Column.KEY).to_pylist()]  # type: ignore[func-returns-value]
+    return rows.filter(pa.array(first, pa.bool_()))
+
+
+def _commit_latents(
+    *,
+    dataset: Storage,
+    folder: str,
+    kept: pa.Table,
+    made_by: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    parents: Mapping[str, str],
+    failures: Mapping[str, str],
+) -> Manifest:
+    """Make exactly the kept rows the dataset, less those that failed."""
+    wanted = set(kept.column(Column.KEY).to_pylist())
+    selected = select(dataset, stored(dataset, folder), wanted, None, LATENTS_COMPRESSION)
+    files = [DataFile(name=name, rows=rows, bucket=_bucket_of(name)) for name, rows in selected]
+    counts: Counter[str] = Counter()
+    for file in files:
+        counts[_folder_of(file.name)] += file.rows
+    return _commit(
+        dataset,
+        folder,
+        files,
+        expected=len(wanted) - len(failures),
+        kind="latents",
+        counts=dict(sorted(counts.items())),
+        fingerprint=made_by,
+        parents=parents,
+        facts=facts,
+        failed=dict(sorted(failures.items())),
+    )
+
+
+def _folder_of(name: str) -> str:
+    return name.split("/")[-2]
+
+
+def _bucket_of(name: str) -> tuple[int, int]:
+    height, width = _folder_of(name).split("x")
+    return int(height), int(width)
+
+
+def _commit(dataset: Storage, folder: str, files: Sequence[DataFile], expected: int, **content: Any) -> Manifest:
+    rows = sum(file.rows for file in files)
+    if rows != expected:
+        raise RuntimeError(
+            f"{dataset.uri}: {expected} rows are wanted and the files hold {rows}; nothing was committed"
+        )
+    before = read_manifest(dataset, content["kind"]) if dataset.exists(MANIFEST) else None
+    manifest = write_manifest(dataset, files, **content)
+    if before is None or before.digest != manifest.digest:
+        collect_garbage(dataset, folder, files)
+    return manifest

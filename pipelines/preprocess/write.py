@@ -1,0 +1,152 @@
+"""Turn finished rows into a dataset: units that are written whole, and one commit that makes them count.
+
+A run cuts its missing rows into units. Each unit becomes one Parquet file, written by whichever task gets there, and
+a file that exists is whole. A run that is killed leaves finished units behind; the next run finds them by the keys
+inside, does what is missing, and commits. The commit sees to it that each wanted key counts exactly once, whatever
+files there are, and makes manifest.json last. Files that no manifest ever named are deleted after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.schema import Column, DataFile, digest
+from pipelines.storage import Storage
+
+UNIT, UNIT_ROWS = "unit", "unit_rows"  # columns that travel with rows until they are written
+FAILURE = "failure"  # column of rows on their way: why a row could not be made, or null
+KEY_READERS = 16  # files whose keys are read at a time
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One file of rows, with their keys in its order."""
+
+    name: str
+    keys: tuple[str, ...]
+
+
+def cut(rows: pa.Table, size: int, groups: Mapping[str, pa.Array] | None = None) -> list[pa.Table]:
+    """Rows cut into units of at most `size`. Rows of different groups (masks by folder) never share a unit."""
+    units = []
+    for group, mask in (groups or {"all": None}).items():
+        members = rows if mask is None else rows.filter(mask)
+        for start in range(0, members.num_rows, size):
+            unit = members.slice(start, size)
+            name = f"{group}/{digest(unit.column(Column.KEY).to_pylist())}"
+            count = unit.num_rows
+            unit = unit.append_column(UNIT, pa.array([name] * count, pa.string()))
+            units.append(unit.append_column(UNIT_ROWS, pa.array([count] * count, pa.int64())))
+    return units
+
+
+def write_units(rows: pa.Table, dataset: Storage, folder: str, compression: str | None) -> pa.Table:
+    """Write the units that a task holds; gives one row per unit: its name, rows written, and failures with paths."""
+    report = []
+    for name in pc.unique(rows.column(UNIT)).to_pylist():
+        unit = rows.filter(pc.equal(rows.column(UNIT), name))
+        expected = unit.column(UNIT_ROWS)[0].as_py()
+        if unit.num_rows != expected:
+            raise RuntimeError(f"unit {name} reached its writer with {unit.num_rows} of {expected} rows")
+        failures: list[dict[str, str]] = []
+        if FAILURE in unit.column_names:
+            failed = unit.filter(pc.is_valid(unit.column(FAILURE)))
+            failures = failed.select([Column.PATH, FAILURE]).to_pylist()
+            unit = unit.filter(pc.is_null(unit.column(FAILURE))).drop_columns([FAILURE, Column.PATH])
+        if unit.num_rows:
+            write_rows(unit.drop_columns([UNIT, UNIT_ROWS]), dataset, f"{folder}/{name}.parquet", compression)
+        report.append({UNIT: name, "rows": unit.num_rows, "failures": failures})
+    return pa.Table.from_pylist(report, REPORT_SCHEMA)
+
+
+REPORT_SCHEMA = pa.schema(
+    [
+        (UNIT, pa.string()),
+        ("rows", pa.int64()),
+        ("failures", pa.list_(pa.struct([(Column.PATH, pa.string()), (FAILURE, pa.string())]))),
+    ]
+)
+
+
+def write_rows(rows: pa.Table, dataset: Storage, name: str, compression: str | None) -> None:
+    """Write one data file. Tensor bytes do not compress by value, so they get no dictionary and no statistics."""
+    text = [field.name for field in rows.schema if not pa.types.is_fixed_size_binary(field.type)]
+    dataset.write_table(name, rows, compression=compression, use_dictionary=False, write_statistics=text)
+
+
+def stored(dataset: Storage, folder: str) -> list[Stored]:
+    """The whole data files below `folder` and the keys in them, sorted by name."""
+    names = [file.name for file in dataset.list(folder)]
+
+    def keys(name: str) -> Stored:
+        return Stored(name, tuple(dataset.read_table(name, [Column.KEY]).column(0).to_pylist()))
+
+    with ThreadPoolExecutor(KEY_READERS) as pool:
+        return list(pool.map(keys, names))
+
+
+def missing(rows: pa.Table, have: Iterable[Stored]) -> pa.Table:
+    """Those wanted rows whose keys are in no file yet."""
+    known = pa.array({key for file in have for key in file.keys}, pa.string())
+    return rows.filter(pc.invert(pc.is_in(rows.column(Column.KEY), value_set=known)))
+
+
+def select(
+    dataset: Storage,
+    have: Sequence[Stored],
+    wanted: set[str],
+    change: Callable[[pa.Table], pa.Table | None] | None,
+    compression: str | None,
+) -> list[tuple[str, int]]:
+    """The files (name, rows) that together hold each wanted key once; the others' keys are left out.
+
+    A file that holds more than is wanted of it, or whose rows `change` alters (it returns None where it does not),
+    is written again under a new name.
+    """
+    left = set(wanted)
+    files = []
+    for file in have:
+        take = []
+        for key in file.keys:
+            take.append(key in left)
+            left.discard(key)
+        if not any(take):
+            continue
+        whole = all(take)
+        table = None
+        if change is not None or not whole:
+            table = dataset.read_table(file.name)
+            kept = table if whole else table.filter(pa.array(take))
+            changed = change(kept) if change is not None else None
+            table = changed if changed is not None else (None if whole else kept)
+        if table is None:
+            files.append((file.name, len(file.keys)))
+        else:
+            content = digest([file.name, table.column(Column.KEY).to_pylist(), _verdicts(table)])
+            name = f"{file.name.rpartition('/')[0]}/{content}.parquet"
+            write_rows(table, dataset, name, compression)
+            files.append((name, table.num_rows))
+    return files
+
+
+def _verdicts(table: pa.Table) -> list[str | None]:
+    """What `change` may have altered; part of the new file's name, because a name must mean one content."""
+    if Column.REJECT_REASON not in table.column_names:
+        return []
+    return table.column(Column.REJECT_DETAIL).to_pylist()
+
+
+def collect_garbage(dataset: Storage, folder: str, current: Iterable[DataFile]) -> int:
+    """Delete data files of `folder` that no manifest names, now or before; returns how many."""
+    named = {file.name for file in current}
+    for manifest in dataset.list("manifests"):
+        named.update(dataset.read_table(dataset.read_json(manifest.name)["files"], ["name"]).column(0).to_pylist())
+    unnamed = [file.name for file in dataset.list(folder) if file.name not in named]
+    for name in unnamed:
+        dataset.delete(name)
+    return len(unnamed)

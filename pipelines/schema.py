@@ -1,0 +1,253 @@
+"""The two datasets, index and latents: their columns, their files, and the manifest that makes files a dataset.
+
+A dataset is a folder:
+
+    manifest.json               the dataset as it is now; replaced whole by each commit
+    manifests/<digest>.json     every manifest there has been: a training run pins the one that it started from
+    files/<digest>.parquet      the manifest's list of data files
+    data/<fingerprint>/...      Parquet files of rows; one that no manifest names is not part of the dataset
+
+Nothing inside is absolute, so a copied folder is the same dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.storage import Storage
+
+SCHEMA_VERSION = 1  # raised when a column changes its meaning; part of every fingerprint
+MANIFEST = "manifest.json"
+
+
+class Column(StrEnum):
+    """Names of all columns."""
+
+    KEY = "key"  # what makes the row this row: a hash of the input and all that it is made of
+    ID = "id"  # sha256 of the image file's bytes, 32 hex digits; null where they could not be read
+    PATH = "path"  # file name below the source folder
+    CAPTION = "caption"
+    ORIGINAL_SIZE = "original_size"  # (height, width) in pixels, upright, before any resize
+    BUCKET = "bucket"  # (height, width) in pixels
+    AESTHETIC_SCORE = "aesthetic_score"  # null where the source has none
+    FILE_SIZE = "file_size"  # bytes
+    REJECT_REASON = "reject_reason"  # a Reject; null = kept
+    REJECT_DETAIL = "reject_detail"  # what exactly was wrong, for a person
+    LATENT_MEAN = "latent_mean"  # unscaled posterior, float16 [4, h, w]
+    LATENT_STD = "latent_std"  # likewise
+    CONTEXT = "context"  # float16 [77, channels], CLIP-L then bigG
+    POOLED = "pooled"  # float16 [channels]
+    CROP_TOP_LEFT = "crop_top_left"  # (top, left) in pixels of the resized image
+    TARGET_SIZE = "target_size"  # (height, width) in pixels: the bucket
+    FLIP = "flip"  # whether the crop was mirrored left to right
+
+
+class Reject(StrEnum):
+    """Why an input is not kept."""
+
+    UNREADABLE = "unreadable"
+    NO_CAPTION = "no_caption"
+    TOO_SMALL = "too_small"
+    TOO_LARGE = "too_large"
+    EXTREME_ASPECT = "extreme_aspect"
+    DUPLICATE = "duplicate"
+
+
+PAIR = pa.list_(pa.int32(), 2)
+NULLABLE_PAIR = pa.list_(pa.int32())  # Arrow writes a null of a fixed-size list to Parquet and cannot read it back
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field(Column.KEY, pa.string(), nullable=False),
+        pa.field(Column.ID, pa.string()),
+        pa.field(Column.PATH, pa.string(), nullable=False),
+        pa.field(Column.CAPTION, pa.string()),
+        pa.field(Column.ORIGINAL_SIZE, NULLABLE_PAIR),
+        pa.field(Column.BUCKET, NULLABLE_PAIR),
+        pa.field(Column.AESTHETIC_SCORE, pa.float32()),
+        pa.field(Column.FILE_SIZE, pa.int64(), nullable=False),
+        pa.field(Column.REJECT_REASON, pa.string()),
+        pa.field(Column.REJECT_DETAIL, pa.string()),
+    ]
+)
+
+
+def tensor_field(name: Column, shape: Sequence[int]) -> pa.Field:
+    """A column of float16 tensors of one shape, as fixed-size bytes with the shape beside them.
+
+    Arrow's own tensor columns read and write ten times slower; docs/decisions/ has the figures.
+    """
+    size = 2 * int(np.prod(shape))
+    metadata = {"dtype": "float16", "shape": ",".join(map(str, shape))}
+    return pa.field(name, pa.binary(size), nullable=False, metadata=metadata)
+
+
+def latents_schema(latent: Sequence[int], context: Sequence[int], pooled: Sequence[int]) -> pa.Schema:
+    """The schema of a latents file, for tensors of these shapes (without the row dimension)."""
+    return pa.schema(
+        [
+            pa.field(Column.KEY, pa.string(), nullable=False),
+            pa.field(Column.ID, pa.string(), nullable=False),
+            pa.field(Column.CAPTION, pa.string(), nullable=False),
+            pa.field(Column.ORIGINAL_SIZE, PAIR, nullable=False),
+            pa.field(Column.CROP_TOP_LEFT, PAIR, nullable=False),
+            pa.field(Column.TARGET_SIZE, PAIR, nullable=False),
+            pa.field(Column.FLIP, pa.bool_(), nullable=False),
+            pa.field(Column.AESTHETIC_SCORE, pa.float32()),
+            tensor_field(Column.LATENT_MEAN, latent),
+            tensor_field(Column.LATENT_STD, latent),
+            tensor_field(Column.CONTEXT, context),
+            tensor_field(Column.POOLED, pooled),
+        ]
+    )
+
+
+def tensor_column(array: np.ndarray) -> pa.Array:
+    """Rows [N, ...] of float16 as a column of fixed-size bytes."""
+    rows = np.ascontiguousarray(array, dtype=np.float16)
+    size = rows[0].nbytes if len(rows) else 2 * int(np.prod(rows.shape[1:]))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(rows), [None, pa.py_buffer(rows)])
+
+
+def tensor_array(table: pa.Table, name: Column) -> np.ndarray:
+    """A tensor column of a table as float16 [N, ...]; a view where the column is one chunk."""
+    metadata = table.schema.field(name).metadata
+    shape = [int(side) for side in metadata[b"shape"].decode().split(",")]
+    column = table.column(name)
+    chunk = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+    buffer = chunk.buffers()[1]
+    width = chunk.type.byte_width
+    flat = np.frombuffer(buffer, np.float16, len(chunk) * width // 2, chunk.offset * width)
+    return flat.reshape(len(chunk), *shape)
+
+
+def pair_column(pairs: Sequence[Sequence[int] | None]) -> pa.Array:
+    """Pairs such as (height, width), or nulls, as a column."""
+    return pa.array(pairs, NULLABLE_PAIR)
+
+
+def pair_array(table: pa.Table, name: Column) -> np.ndarray:
+    """A column of pairs without nulls as int32 [N, 2]."""
+    column = table.column(name).combine_chunks()
+    return column.flatten().to_numpy().reshape(-1, 2)
+
+
+def digest(value: Any) -> str:
+    """32 hex digits that stand for a JSON value: the same for equal values, on every machine."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFile:
+    """One data file of a dataset."""
+
+    name: str
+    """Name below the dataset's folder."""
+    rows: int
+    """Rows in it."""
+    bucket: tuple[int, int] | None = None
+    """(height, width) of all its rows in pixels; None in an index."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a dataset is: its files, what made it, and what is in it."""
+
+    kind: str
+    """"index" or "latents"."""
+    rows: int
+    """Rows of the dataset."""
+    counts: Mapping[str, int]
+    """Index: rows kept, and rows per reject reason. Latents: rows per bucket, as HEIGHTxWIDTH."""
+    fingerprint: Mapping[str, Any]
+    """All that determines a row besides the input: weights, bucket table, crops, schema version."""
+    parents: Mapping[str, str]
+    """Digests of the manifests that this dataset was made from."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers about the rows that a later stage asks for."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Latents: paths of kept rows that could not be encoded, and why. They are tried again by the next run."""
+    files: str
+    """Name of the Parquet file that lists the data files."""
+
+    @property
+    def digest(self) -> str:
+        """The manifest's identity."""
+        return digest(asdict(self))
+
+    @property
+    def fingerprint_digest(self) -> str:
+        """The fingerprint's identity; names the folder of its data files."""
+        return digest(dict(self.fingerprint))[:12]
+
+
+def write_manifest(dataset: Storage, files: Sequence[DataFile], **content: Any) -> Manifest:
+    """Commit `files` as the dataset: the list first, then the history, and manifest.json last."""
+    ordered = sorted(files, key=lambda file: file.name)
+    listing = pa.table(
+        {
+            "name": pa.array([file.name for file in ordered], pa.string()),
+            "rows": pa.array([file.rows for file in ordered], pa.int64()),
+            "bucket": pair_column([file.bucket for file in ordered]),
+        }
+    )
+    name = f"files/{digest([asdict(file) for file in ordered])}.parquet"
+    dataset.write_table(name, listing)
+    manifest = Manifest(rows=sum(file.rows for file in ordered), files=name, **content)
+    dataset.write_json(f"manifests/{manifest.digest}.json", asdict(manifest))
+    dataset.write_json(MANIFEST, asdict(manifest))
+    return manifest
+
+
+def read_manifest(dataset: Storage, kind: str, pinned: str | None = None) -> Manifest | None:
+    """The dataset's manifest, or the pinned one by its digest; None if the folder holds no finished dataset."""
+    name = f"manifests/{pinned}.json" if pinned else MANIFEST
+    if not dataset.exists(name):
+        return None
+    manifest = Manifest(**dataset.read_json(name))
+    if manifest.kind != kind:
+        raise ValueError(f"{dataset.uri} holds a dataset of kind {manifest.kind!r}, and {kind!r} was expected")
+    version = manifest.fingerprint.get("schema")
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{dataset.uri} was written with schema {version}, and this version reads {SCHEMA_VERSION}")
+    return manifest
+
+
+def require_manifest(dataset: Storage, kind: str, pinned: str | None = None) -> Manifest:
+    """The dataset's manifest. Raises FileNotFoundError, naming the remedy, where there is none."""
+    manifest = read_manifest(dataset, kind, pinned)
+    if manifest is None:
+        raise FileNotFoundError(f"{dataset.uri} holds no finished {kind}: run jobs.preprocess first, or to its end")
+    return manifest
+
+
+def data_files(dataset: Storage, manifest: Manifest) -> list[DataFile]:
+    """The manifest's data files, sorted by name."""
+    rows = dataset.read_table(manifest.files).to_pylist()
+    return [
+        DataFile(name=row["name"], rows=row["rows"], bucket=row["bucket"] and (row["bucket"][0], row["bucket"][1]))
+        for row in rows
+    ]
+
+
+def kept_rows(index: Storage, manifest: Manifest) -> pa.Table:
+    """The index rows that are kept, with the key that their latents row has, sorted by it."""
+    columns = [name for name in INDEX_SCHEMA.names if name not in (Column.FILE_SIZE, Column.REJECT_DETAIL)]
+    tables = [index.read_table(file.name, columns) for file in data_files(index, manifest)]
+    rows = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table().select(columns)
+    rows = rows.filter(pc.is_null(rows.column(Column.REJECT_REASON))).drop_columns([Column.REJECT_REASON])
+    identity = [Column.ID, Column.CAPTION, Column.BUCKET, Column.AESTHETIC_SCORE]
+    keys = [digest(list(row.values())) for row in rows.select(identity).to_pylist()]
+    return rows.set_column(
+        rows.schema.get_field_index(Column.KEY), INDEX_SCHEMA.field(Column.KEY), pa.array(keys, pa.string())
+    ).sort_by(Column.KEY)

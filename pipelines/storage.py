@@ -1,0 +1,175 @@
+"""Where files live: a local folder or an s3:// prefix behind one small class. S3 enters the project here only.
+
+Every write is all or nothing: locally a temporary file is flushed and renamed, on S3 an object appears when its
+upload completes. A name that exists is whole.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+TEMPORARY = ".incomplete-"  # prefix of a local file that is still being written
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageOptions:
+    """How to reach S3. Credentials come from the usual AWS chain (environment, profile, instance role)."""
+
+    s3_endpoint: str | None = None
+    """URL of an S3-compatible server; None for AWS."""
+    s3_region: str | None = None
+    """Region; None lets the client find it."""
+    s3_attempts: int = 10
+    """Attempts per request before it fails; each waits longer than the one before."""
+    s3_timeout_seconds: float = 60.0
+    """Time to connect, and between two packets, before an attempt counts as failed."""
+
+
+@dataclass(frozen=True)
+class FileStat:
+    """One stored file: its name below the folder, its size in bytes, its modification time in microseconds."""
+
+    name: str
+    size: int
+    modified_us: int
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The folder at `uri`: a local path or s3://bucket/prefix. Names are relative to it, with forward slashes."""
+
+    uri: str
+    options: StorageOptions = field(default_factory=StorageOptions)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the folder is on this machine's file system."""
+        return not self.uri.startswith("s3://")
+
+    @cached_property
+    def filesystem(self) -> pafs.FileSystem:
+        """The pyarrow file system that serves the folder."""
+        if self.is_local:
+            return pafs.LocalFileSystem()
+        options = self.options
+        scheme, _, address = (options.s3_endpoint or "").rpartition("://")
+        return pafs.S3FileSystem(
+            endpoint_override=address or None,
+            scheme=scheme or "https",
+            region=options.s3_region or ("us-east-1" if address else None),
+            connect_timeout=options.s3_timeout_seconds,
+            request_timeout=options.s3_timeout_seconds,
+            retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=options.s3_attempts),
+        )
+
+    @property
+    def root(self) -> str:
+        """The folder as the file system names it: an absolute path, or bucket/prefix."""
+        if self.is_local:
+            return os.path.abspath(self.uri)
+        return self.uri.removeprefix("s3://").rstrip("/")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri, "options": self.options}  # the connection is made again in each process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def path(self, name: str = "") -> str:
+        """The file system's path of `name`."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def folder(self, name: str) -> Storage:
+        """The folder `name` below this one."""
+        return Storage(f"{self.uri.rstrip('/')}/{name}", self.options)
+
+    def exists(self, name: str) -> bool:
+        """Whether `name` is a file."""
+        return self.filesystem.get_file_info(self.path(name)).type == pafs.FileType.File
+
+    def list(self, folder: str = "") -> list[FileStat]:
+        """All files below `folder`, at any depth, sorted by name; files still being written are not among them."""
+        selector = pafs.FileSelector(self.path(folder), recursive=True, allow_not_found=True)
+        start = len(self.root) + 1
+        files = [
+            FileStat(info.path[start:], info.size, (info.mtime_ns or 0) // 1000)
+            for info in self.filesystem.get_file_info(selector)
+            if info.type == pafs.FileType.File and not info.base_name.startswith(TEMPORARY)
+        ]
+        return sorted(files, key=lambda file: file.name)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of `name`. Raises FileNotFoundError if there is none."""
+        with self.filesystem.open_input_stream(self.path(name)) as stream:
+            return stream.read()
+
+    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Write `name` whole, replacing what is there."""
+        target = self.path(name)
+        if not self.is_local:
+            with self.filesystem.open_output_stream(target) as stream:
+                stream.write(data)
+            return
+        folder = os.path.dirname(target)
+        os.makedirs(folder, exist_ok=True)
+        temporary = os.path.join(folder, f"{TEMPORARY}{uuid.uuid4().hex}")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+            raise
+
+    def delete(self, name: str) -> None:
+        """Delete the file `name`."""
+        self.filesystem.delete_file(self.path(name))
+
+    def read_json(self, name: str) -> Any:
+        """The JSON document `name`."""
+        return json.loads(self.read(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `value` as the JSON document `name`."""
+        self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """The Parquet file `name`, or some of its columns."""
+        with self.filesystem.open_input_file(self.path(name)) as file:
+            return pq.ParquetFile(file).read(columns=list(columns) if columns is not None else None)
+
+    def write_table(self, name: str, table: pa.Table, **parquet: Any) -> int:
+        """Write `table` as the Parquet file `name`, in one row group; returns its size in bytes.
+
+        The file is made in memory first: an upload that an error ends early would otherwise be completed as it is.
+        """
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, row_group_size=max(1, table.num_rows), **parquet)
+        self.write(name, buffer.getbuffer())
+        return buffer.tell()
+
+    def remove_incomplete(self) -> int:
+        """Delete what writers that were killed left behind; returns how many files. Local folders only."""
+        if not self.is_local:
+            return 0  # an unfinished upload is invisible; a lifecycle rule ends it
+        count = 0
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                if name.startswith(TEMPORARY):
+                    os.unlink(os.path.join(folder, name))
+                    count += 1
+        return count

@@ -1,0 +1,223 @@
+"""Rows to tensors: the part of each planned batch that one worker trains on, read ahead of the training step."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from model.config import Conditioning
+from pipelines.config import CropConfig, Size
+from pipelines.images import crop_pixels, decode, draw_crop
+from pipelines.schema import Column, DataFile, Manifest, data_files, kept_rows, pair_array, tensor_array
+from pipelines.storage import Storage
+from pipelines.train.plan import Plan
+
+PREFETCHED_STEPS = 2
+CACHED_BYTES = 2 * 2**30  # latents files kept by each worker
+DECODE_THREADS = 4
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Rows of a latents dataset, of one bucket."""
+
+    first: int
+    """Number of its first image in the run, over all workers."""
+    bucket: Size
+    """(height, width) in pixels."""
+    mean: Tensor  # [B,4,h,w] unscaled, fp32
+    std: Tensor  # [B,4,h,w]
+    context: Tensor  # [B,77,D]
+    pooled: Tensor  # [B,P]
+    conditions: dict[Conditioning, Tensor]  # [B,2] each, aesthetic_score [B,1]
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Cropped images of one bucket."""
+
+    first: int
+    """Number of its first image in the run, over all workers."""
+    bucket: Size
+    """(height, width) in pixels."""
+    image: Tensor  # [B,3,H,W] in [-1, 1]
+
+
+Batch = LatentBatch | ImageBatch
+
+
+class Reader(Protocol):
+    """What turns planned rows into a batch."""
+
+    files: list[DataFile]
+    """The files that the plan is made over."""
+
+    def read(self, rows: np.ndarray, bucket: Size, first: int) -> Batch:
+        """The batch of rows [B, 2] (file, row), whose first image is number `first` of the run."""
+        ...
+
+
+@dataclass
+class Slices:
+    """A worker's part of each step, as an endless iterator of lists of micro-batches, read ahead by a thread."""
+
+    reader: Reader
+    plan: Plan
+    rank: int
+    world: int
+    step: int
+    """The step to begin with."""
+    waited_seconds: float = field(default=0.0, init=False)
+    """Time that the training step has waited for data."""
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(PREFETCHED_STEPS)
+        stopped = threading.Event()
+
+        def work() -> None:
+            step = self.step
+            try:
+                while not stopped.is_set():
+                    _put(ready, self._read(step), stopped)
+                    step += 1
+            except BaseException as error:
+                _put(ready, error, stopped)
+
+        thread = threading.Thread(target=work, daemon=True, name="read-ahead")
+        thread.start()
+        try:
+            while True:
+                begun = time.perf_counter()
+                item = ready.get()
+                self.waited_seconds += time.perf_counter() - begun
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+            thread.join()
+
+    def _read(self, step: int) -> list[Batch]:
+        planned, batch = self.plan.step(step), self.plan.batch
+        share = batch.global_size // self.world
+        micro_batches = []
+        for start in range(self.rank * share, (self.rank + 1) * share, batch.micro_size):
+            rows = planned.rows[start : start + batch.micro_size]
+            micro_batches.append(self.reader.read(rows, planned.bucket, step * batch.global_size + start))
+        return micro_batches
+
+
+def _put(target: queue.Queue, item: object, stopped: threading.Event) -> None:
+    while not stopped.is_set():
+        try:
+            target.put(item, timeout=0.1)
+        except queue.Full:
+            continue
+        return
+
+
+class LatentReader:
+    """Reads latents rows; the files read last are kept in memory."""
+
+    def __init__(self, dataset: Storage, manifest: Manifest) -> None:
+        self.files = data_files(dataset, manifest)
+        self._dataset = dataset
+        self._cache: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+        self._cached_bytes = 0
+
+    def read(self, rows: np.ndarray, bucket: Size, first: int) -> LatentBatch:
+        """Rows [B, 2], sorted by file, as tensors in fp32."""
+        parts: dict[str, list[np.ndarray]] = {}
+        for number in np.unique(rows[:, 0]):
+            columns = self._file(int(number))
+            chosen = rows[rows[:, 0] == number, 1]
+            for name, array in columns.items():
+                parts.setdefault(name, []).append(array[chosen])
+        whole = {name: torch.from_numpy(np.concatenate(arrays)).float() for name, arrays in parts.items()}
+        return LatentBatch(
+            first=first,
+            bucket=bucket,
+            mean=whole[Column.LATENT_MEAN],
+            std=whole[Column.LATENT_STD],
+            context=whole[Column.CONTEXT],
+            pooled=whole[Column.POOLED],
+            conditions={name: whole[name] for name in Conditioning},
+        )
+
+    def captions(self, count: int) -> list[str]:
+        """Captions of the dataset's first rows."""
+        found: list[str] = []
+        for file in self.files:
+            if len(found) >= count:
+                break
+            found += self._dataset.read_table(file.name, [Column.CAPTION]).column(0).to_pylist()
+        return found[:count]
+
+    def _file(self, number: int) -> dict[str, np.ndarray]:
+        if number in self._cache:
+            self._cache.move_to_end(number)
+            return self._cache[number]
+        columns = _columns(self._dataset.read_table(self.files[number].name))
+        self._cache[number] = columns
+        self._cached_bytes += sum(array.nbytes for array in columns.values())
+        while self._cached_bytes > CACHED_BYTES and len(self._cache) > 1:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= sum(array.nbytes for array in dropped.values())
+        return columns
+
+
+def _columns(table: pa.Table) -> dict[str, np.ndarray]:
+    tensors = (Column.LATENT_MEAN, Column.LATENT_STD, Column.CONTEXT, Column.POOLED)
+    pairs = (Column.ORIGINAL_SIZE, Column.CROP_TOP_LEFT, Column.TARGET_SIZE)
+    score = table.column(Column.AESTHETIC_SCORE).to_numpy()  # NaN where the source has none
+    return {
+        **{name: tensor_array(table, name) for name in tensors},
+        **{name: pair_array(table, name) for name in pairs},
+        Column.AESTHETIC_SCORE: score.astype(np.float32)[:, None],
+    }
+
+
+class ImageReader:
+    """Reads the images that an index keeps, each cropped anew every time it is seen."""
+
+    def __init__(self, index: Storage, manifest: Manifest, source: Storage, crop: CropConfig, max_pixels: int) -> None:
+        rows = kept_rows(index, manifest)
+        buckets = [tuple(bucket) for bucket in rows.column(Column.BUCKET).to_pylist()]
+        images = list(zip(*(rows.column(name).to_pylist() for name in (Column.ID, Column.PATH)), strict=True))
+        groups: dict[Size, list[tuple[str, str]]] = {}
+        for (height, width), image in zip(buckets, images, strict=True):
+            groups.setdefault((height, width), []).append(image)
+        self._images = [groups[bucket] for bucket in sorted(groups)]
+        self.files = [
+            DataFile(name=f"{bucket[0]}x{bucket[1]}", rows=len(groups[bucket]), bucket=bucket)
+            for bucket in sorted(groups)
+        ]
+        self._source, self._crop, self._max_pixels = source, crop, max_pixels
+        self._pool = ThreadPoolExecutor(DECODE_THREADS)
+
+    def read(self, rows: np.ndarray, bucket: Size, first: int) -> ImageBatch:
+        """Rows [B, 2] as images; the crop is drawn from the image's number in the run."""
+        numbers = range(first, first + len(rows))
+        crops = list(self._pool.map(self._read_crop, rows.tolist(), [bucket] * len(rows), numbers))
+        image = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return ImageBatch(first=first, bucket=bucket, image=image.contiguous())
+
+    def _read_crop(self, row: Sequence[int], bucket: Size, number: int) -> np.ndarray:
+        image_id, path = self._images[row[0]][row[1]]
+        try:
+            image = decode(self._source.read(path), self._max_pixels)
+        except Exception as error:
+            raise RuntimeError(f"{path}: the index keeps it, and it cannot be read now: {error}") from error
+        top_left, flip = draw_crop((image.height, image.width), bucket, self._crop, f"{image_id}:{number}")
+        return np.ascontiguousarray(crop_pixels(image, bucket, top_left, flip))

@@ -1,0 +1,163 @@
+"""One network in training: DeepSpeed's engine, the learning rate's way, and the average of the weights.
+
+DeepSpeed enters the project here only. The average is kept of the fp32 master weights that the ZeRO optimizer shards
+over workers, so each worker averages its own shard: no worker holds a full copy, and no update communicates.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.ema import EMA
+from pipelines.config import BatchConfig, EMAConfig, OptimizerConfig, ScheduleConfig, WorkersConfig
+
+TAG = "state"  # DeepSpeed's name for the one checkpoint in a folder
+
+
+class Engine:
+    """A network under DeepSpeed ZeRO. All workers call its methods, in the same order."""
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        *,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        batch: BatchConfig,
+        workers: WorkersConfig,
+        ema: EMAConfig | None,
+        lr_scale: float = 1.0,
+    ) -> None:
+        """`ema` is None for a network that is not averaged (a discriminator); `lr_scale` multiplies its rate."""
+        deepspeed = _deepspeed(workers.gpu)
+        self.name, self.network = name, network
+        self._optimizer, self._schedule, self._batch, self._lr_scale = optimizer, schedule, batch, lr_scale
+        adamw = torch.optim.AdamW(
+            network.parameters(),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=workers.gpu or None,
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=network, optimizer=adamw, config=deepspeed_config(optimizer, batch, workers)
+        )
+        self.ema = EMA(self._masters(), ema.halflife_images, ema.rampup) if ema else None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The network's forward pass.
+
+        It goes past DeepSpeed's own, which hangs hooks on the outputs: they would take the gradients of the adaptive
+        weight for the step's backward pass. ZeRO 1 and 2 do nothing else there.
+        """
+        return self.network(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's mean loss; workers are averaged."""
+        self._engine.backward(loss)
+
+    def step(self, images_seen: int) -> None:
+        """After each micro-batch; at the last of a step, update weights and average.
+
+        `images_seen` counts over all workers and includes this step.
+        """
+        last = self._engine.is_gradient_accumulation_boundary()
+        if last:
+            for group in self._engine.optimizer.param_groups:
+                group["lr"] = self.learning_rate(images_seen)
+        self._engine.step()
+        if last and self.ema is not None:
+            self.ema.update(self._masters(), images_seen, self._batch.global_size)
+
+    def learning_rate(self, images_seen: int) -> float:
+        """The rate of the step that ends at `images_seen`: linear warm-up, constant, linear decay to zero."""
+        config = self._optimizer
+        rising = images_seen / config.warmup_images if config.warmup_images else 1.0
+        left = self._schedule.images - images_seen + self._batch.global_size
+        falling = left / config.decay_images if config.decay_images else 1.0
+        return config.lr * self._lr_scale * min(1.0, rising, falling)
+
+    def gradient_norm(self) -> float:
+        """Norm of the last step's gradient over all parameters, before clipping."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The network with the averaged weights in place; training's own come back at the end."""
+        if self.ema is None:
+            raise RuntimeError(f"{self.name} is not averaged")
+        self._exchange()
+        try:
+            yield self.network.eval()
+        finally:
+            self._exchange()
+            self.network.train()
+
+    def save(self, folder: Path) -> None:
+        """Write this worker's part of the checkpoint below `folder`."""
+        target = folder / self.name
+        target.mkdir(parents=True, exist_ok=True)
+        self._engine.save_checkpoint(str(target), tag=TAG)
+        if self.ema is not None:
+            torch.save(self.ema.state_dict(), target / self._ema_file())
+
+    def load(self, folder: Path) -> None:
+        """Take up a checkpoint. Raises FileNotFoundError where a part of it is missing."""
+        target = folder / self.name
+        path, _ = self._engine.load_checkpoint(str(target), tag=TAG)
+        if path is None:  # DeepSpeed only warns, and would train from scratch
+            raise FileNotFoundError(f"{target} holds no DeepSpeed checkpoint {TAG!r}")
+        if self.ema is not None:
+            self.ema.load_state_dict(torch.load(target / self._ema_file(), map_location="cpu", weights_only=True))
+
+    def _masters(self) -> list[Tensor]:
+        """This worker's shards of the fp32 weights."""
+        return list(self._engine.optimizer.single_partition_of_fp32_groups)
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Swap averaged and master weights, shard by shard, and give every worker the full network of the latter."""
+        assert self.ema is not None
+        for average, master in zip(self.ema.shadow, self._masters(), strict=True):
+            kept = master.data.clone()
+            master.data.copy_(average)
+            average.copy_(kept)
+        self._engine.optimizer.update_lp_params()
+
+    def _ema_file(self) -> str:
+        return f"ema_rank_{torch.distributed.get_rank():05}.pt"
+
+
+def deepspeed_config(optimizer: OptimizerConfig, batch: BatchConfig, workers: WorkersConfig) -> dict[str, Any]:
+    """DeepSpeed's settings."""
+    return {
+        "train_batch_size": batch.global_size,
+        "train_micro_batch_size_per_gpu": batch.micro_size,
+        "gradient_accumulation_steps": batch.global_size // (batch.micro_size * workers.count),
+        "gradient_clipping": optimizer.clip_norm,
+        "zero_optimization": {"stage": workers.zero_stage},
+        "bf16": {"enabled": workers.dtype == "bfloat16"},
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def _deepspeed(gpu: bool) -> Any:
+    """The library, told not to compile anything: its shared-memory all-reduce for CPUs gives way to gloo."""
+    if not gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when the library is first imported
+    import deepspeed
+
+    if not gpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

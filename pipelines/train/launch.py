@@ -1,0 +1,203 @@
+"""Start or resume a training run: check what it reads, open its MLflow run, and hand it to Ray Train."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from model.config import Conditioning
+from pipelines import networks
+from pipelines.config import (
+    BatchConfig,
+    DenoiserTaskConfig,
+    EMAConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrackingConfig,
+    VAETaskConfig,
+    WorkersConfig,
+    flat,
+)
+from pipelines.networks import WEIGHTS_FILE
+from pipelines.progress import progress
+from pipelines.schema import Manifest, require_manifest
+from pipelines.storage import Storage, StorageOptions
+from pipelines.tracking import Lineage, closing, open_run, tracking_uri
+from pipelines.train.loop import Training, train_on_worker
+
+RUN = "run.json"  # what a run is: its stage, settings, pinned dataset and MLflow run; finished_images when it is done
+CHECKPOINTS = "checkpoints"
+FREE_SETTINGS = ("schedule.", "tracking.", "storage.", "ray.", "workers.max_failures", "workers.cpus")
+FREE_PATHS = ("output", ".path", ".latents", ".index", ".clip_l", ".bigg")
+"""Settings that may change when a run is resumed: by their beginning, and places, whose content is checked instead."""
+BOARD_POLL_SECONDS = 0.5
+
+
+def train(
+    *,
+    stage: str,
+    task: DenoiserTaskConfig | VAETaskConfig,
+    batch: BatchConfig,
+    optimizer: OptimizerConfig,
+    ema: EMAConfig,
+    schedule: ScheduleConfig,
+    workers: WorkersConfig,
+    tracking: TrackingConfig,
+    options: StorageOptions,
+    output: Storage,
+    settings: Mapping[str, Any],
+) -> int:
+    """Train to schedule.images; gives the images of this call. The same call again resumes, or finds nothing to do.
+
+    `settings` is the job's resolved configuration. Raises ValueError where it differs from that of the run in
+    `output`, or where the dataset was not made by the networks that it names.
+    """
+    before = output.read_json(RUN) if output.exists(RUN) else None
+    if before is not None:
+        _check_unchanged(before["settings"], settings, output)
+    kind, dataset = (
+        ("latents", Storage(task.latents, options))
+        if isinstance(task, DenoiserTaskConfig)
+        else ("index", Storage(task.index, options))
+    )
+    manifest = require_manifest(dataset, kind, before and before["pinned"])
+    done = (before or {}).get("finished_images") or 0
+    if done >= schedule.images:
+        return 0
+    if isinstance(task, DenoiserTaskConfig):
+        check_latents(task, manifest, options)
+    uri = tracking_uri(tracking)
+    run_id = open_run(
+        uri,
+        stage=stage,
+        name=tracking.run_name or stage,
+        config=settings,
+        inputs=[Lineage(name=kind, uri=dataset.uri, manifest=manifest)],
+        run_id=before and before["run_id"],
+    )
+    run = {"stage": stage, "run_id": run_id, "pinned": manifest.digest, "settings": settings}
+    output.write_json(RUN, run)
+    with closing(uri, run_id):
+        with _board(stage, schedule.images) as board:
+            training = Training(
+                task=task,
+                batch=batch,
+                optimizer=optimizer,
+                ema=ema,
+                schedule=schedule,
+                workers=workers,
+                output=output,
+                options=options,
+                pinned=manifest.digest,
+                tracking_uri=uri,
+                run_id=run_id,
+                board=board,
+            )
+            _trainer(training).fit()
+        if not output.exists(WEIGHTS_FILE):
+            raise RuntimeError(f"{output.uri}: training ended and left no {WEIGHTS_FILE}")
+        output.write_json(RUN, run | {"finished_images": schedule.images})
+    return schedule.images - done
+
+
+def check_latents(task: DenoiserTaskConfig, manifest: Manifest, options: StorageOptions) -> None:
+    """Raise ValueError unless the latents were made by the networks that the task names, and hold what it needs."""
+    for name, value in networks.fingerprint(task.vae, task.text, options).items():
+        if manifest.fingerprint[name] != value:
+            raise ValueError(
+                f"task.latents {task.latents}: made with other weights of task.{name} "
+                f"({manifest.fingerprint[name][:12]}, and the configured ones are {value[:12]}); "
+                "name the weights that made them, or run jobs.preprocess with these"
+            )
+    missing = int(manifest.facts["without_aesthetic_score"])
+    if missing and Conditioning.AESTHETIC_SCORE in networks.unet_config(task.unet).conditioning:
+        raise ValueError(
+            f"task.latents {task.latents}: {missing} of {manifest.rows} rows have no aesthetic score, which the "
+            "refiner is conditioned on; give the source a score column and run jobs.preprocess again"
+        )
+
+
+def _trainer(training: Training) -> TorchTrainer:
+    workers, output = training.workers, training.output
+    gpu = {"GPU": 1} if workers.gpu else {}
+    return TorchTrainer(
+        train_on_worker,
+        train_loop_config={"training": training},
+        torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count,
+            use_gpu=workers.gpu,
+            resources_per_worker={"CPU": workers.cpus, **gpu},
+        ),
+        run_config=RunConfig(
+            name=CHECKPOINTS,
+            storage_path=output.root,
+            storage_filesystem=output.filesystem,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=training.schedule.keep_checkpoints),
+        ),
+    )
+
+
+def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], output: Storage) -> None:
+    old, new = flat(before), flat(now)
+    changed = [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(FREE_SETTINGS) and not key.endswith(FREE_PATHS)
+    ]
+    if changed:
+        raise ValueError(
+            f"{output.uri} holds a run with other settings; choose another output, or restore them:\n  "
+            + "\n  ".join(changed)
+        )
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Where worker 0 shows how far it is, and the driver looks."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[int, dict[str, float]] = (0, {})
+
+    def show(self, images_seen: int, numbers: dict[str, float]) -> None:
+        """Replace what is shown."""
+        self._latest = (images_seen, numbers)
+
+    def look(self) -> tuple[int, dict[str, float]]:
+        """(images seen, numbers) shown last."""
+        return self._latest
+
+
+@contextmanager
+def _board(stage: str, images: int) -> Iterator[Any]:
+    """A board for the workers, drawn as a progress bar until the block ends."""
+    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    stopped = threading.Event()
+
+    def draw() -> None:
+        with progress(f"train {stage}", images) as bar:
+            while True:
+                ended = stopped.wait(BOARD_POLL_SECONDS)
+                images_seen, numbers = ray.get(board.look.remote())
+                if images_seen != bar.n:
+                    losses = {name: f"{value:.4f}" for name, value in numbers.items() if name.startswith("loss")}
+                    bar.set_postfix(losses, refresh=False)
+                    bar.update(images_seen - bar.n)
+                if ended:
+                    return
+
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        stopped.set()
+        thread.join()
+        ray.kill(board)

@@ -1,0 +1,213 @@
+"""The training loop of one worker: the same for VAE, base and refiner."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint, CheckpointConsistencyMode
+
+from model.unet import UNet
+from model.vae import VAE
+from pipelines.config import (
+    BatchConfig,
+    DenoiserTaskConfig,
+    EMAConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    VAETaskConfig,
+    WorkersConfig,
+)
+from pipelines.networks import WEIGHTS_FILE
+from pipelines.storage import Storage, StorageOptions
+from pipelines.tracking import Tracker
+from pipelines.train.batches import Batch, Slices
+from pipelines.train.engine import Engine
+from pipelines.train.plan import Plan
+from pipelines.train.tasks import DenoiserTask, Loss, Task, VAETask, mean_over_workers
+
+PROGRESS = "progress.json"  # in a checkpoint: how far it is
+SAMPLED_ROWS = 8  # pictures in a row of the sample grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """All that a worker is told."""
+
+    task: DenoiserTaskConfig | VAETaskConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    ema: EMAConfig
+    schedule: ScheduleConfig
+    workers: WorkersConfig
+    output: Storage
+    """Folder of the run."""
+    options: StorageOptions
+    pinned: str
+    """Digest of the manifest of the dataset that the run reads."""
+    tracking_uri: str
+    run_id: str
+    """MLflow run."""
+    board: Any
+    """Handle of the driver's ProgressBoard."""
+
+
+def train_on_worker(settings: dict[str, Training]) -> None:
+    """Train until schedule.images, from the last checkpoint where there is one; then export the averaged weights."""
+    training = settings["training"]
+    rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    device = ray.train.torch.get_device()
+    task = _task(training, device)
+    engines = _engines(task, training, device)
+    batch, schedule = training.batch, training.schedule
+    plan = Plan(task.reader.files, batch)
+    step = _restore(engines)
+    slices = Slices(task.reader, plan, rank, world, step)
+    meter = Meter()
+    tracker = Tracker(training.tracking_uri, training.run_id) if rank == 0 else None
+    averaged = engines[next(iter(engines))]  # the network that is sampled from and exported
+
+    for micro_batches in slices:
+        images_seen = (step + 1) * batch.global_size
+        for micro_batch in micro_batches:
+            for loss in task.losses(engines, micro_batch):
+                engine = engines[loss.engine]
+                engine.backward(loss.per_sample.mean())
+                engine.step(images_seen)
+                meter.add(loss)
+        step += 1
+        last = images_seen >= schedule.images
+        if last or _due(schedule.log_images or batch.global_size, images_seen, batch):
+            numbers = meter.read(engines, batch, images_seen, slices.waited_seconds)
+            if tracker:
+                tracker.log(images_seen, numbers)
+                training.board.show.remote(images_seen, numbers)
+        if schedule.sample_images and (last or _due(schedule.sample_images, images_seen, batch)):
+            with averaged.averaged() as network:
+                if tracker:
+                    tracker.image(images_seen, "samples", task.samples(network, _sample_batch(task)))
+        if last or _due(schedule.checkpoint_images, images_seen, batch):
+            _checkpoint(engines, step, images_seen)
+        if last:
+            break
+    with averaged.averaged() as network:
+        if rank == 0:
+            _export(task, network, plan, training.output)
+
+
+def _task(training: Training, device: torch.device) -> Task:
+    if isinstance(training.task, DenoiserTaskConfig):
+        return DenoiserTask(training.task, training.batch, training.pinned, training.options, device)
+    return VAETask(training.task, training.batch, training.pinned, training.options, device)
+
+
+def _engines(task: Task, training: Training, device: torch.device) -> dict[str, Engine]:
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(training.workers.cpus)))
+    engines = {}
+    for place, (name, network) in enumerate(task.networks().items()):
+        if isinstance(network, UNet | VAE):
+            network.activation_checkpointing = training.workers.activation_checkpointing
+        engines[name] = Engine(
+            name,
+            network.to(device).train(),
+            optimizer=training.optimizer,
+            schedule=training.schedule,
+            batch=training.batch,
+            workers=training.workers,
+            ema=training.ema if place == 0 else None,
+            lr_scale=1.0 if place == 0 else getattr(training.task, "adversarial_lr_scale", 1.0),
+        )
+    return engines
+
+
+def _due(every: int, images_seen: int, batch: BatchConfig) -> bool:
+    """Whether a multiple of `every` images lies in the step that ends at `images_seen`."""
+    return images_seen // every > (images_seen - batch.global_size) // every
+
+
+class Meter:
+    """Means over workers of what was added since it was last read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[torch.Tensor]] = {}
+        self._read_at, self._images, self._waited = time.perf_counter(), 0, 0.0
+
+    def add(self, loss: Loss) -> None:
+        """Take in one micro-batch's loss."""
+        for name, value in {f"loss_{loss.engine}": loss.per_sample, **loss.terms}.items():
+            self._sums.setdefault(name, []).append(value.detach().float().mean())
+
+    def read(
+        self, engines: dict[str, Engine], batch: BatchConfig, images_seen: int, waited_seconds: float
+    ) -> dict[str, float]:
+        """The curves' next point. All workers call it together."""
+        names = list(self._sums)
+        means = mean_over_workers(torch.stack([torch.stack(self._sums[name]).mean() for name in names]))
+        now = time.perf_counter()
+        seconds = now - self._read_at
+        numbers = dict(zip(names, means.tolist(), strict=True))
+        for name, engine in engines.items():
+            if f"loss_{name}" in numbers:
+                numbers[f"learning_rate_{name}"] = engine.learning_rate(images_seen)
+                numbers[f"gradient_norm_{name}"] = engine.gradient_norm()
+        if self._images:  # the first interval of an attempt is mostly start-up
+            numbers["images_per_second"] = (images_seen - self._images) / seconds
+            numbers["data_wait_share"] = (waited_seconds - self._waited) / seconds
+        self._sums, self._read_at, self._images, self._waited = {}, now, images_seen, waited_seconds
+        return numbers
+
+
+def _checkpoint(engines: dict[str, Engine], step: int, images_seen: int) -> None:
+    """Hand a checkpoint to Ray Train, and wait until it has recorded it: one that is only reported can be lost."""
+    with tempfile.TemporaryDirectory() as folder:
+        for engine in engines.values():
+            engine.save(Path(folder))
+        progress = {"step": step, "images_seen": images_seen}
+        Path(folder, PROGRESS).write_text(json.dumps(progress))
+        ray.train.report(progress, checkpoint=Checkpoint.from_directory(folder))
+        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+
+
+def _restore(engines: dict[str, Engine]) -> int:
+    """Take up the last checkpoint; gives the number of steps that are behind it, 0 where there is none."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as folder:
+        for engine in engines.values():
+            engine.load(Path(folder))
+        return int(json.loads(Path(folder, PROGRESS).read_text())["step"])
+
+
+def _sample_batch(task: Task) -> Batch:
+    """The first rows of the largest file: the same ones at every step of a run."""
+    file = max(range(len(task.reader.files)), key=lambda number: task.reader.files[number].rows)
+    count = min(SAMPLED_ROWS, task.reader.files[file].rows)
+    bucket = task.reader.files[file].bucket
+    assert bucket is not None
+    return task.reader.read(np.array([[file, row] for row in range(count)]), bucket, 0)
+
+
+def _export(task: Task, network: torch.nn.Module, plan: Plan, output: Storage) -> None:
+    def batches() -> Iterator[Batch]:
+        for number in itertools.count():
+            planned = plan.step(number)
+            for start in range(0, len(planned.rows), plan.batch.micro_size):
+                rows = planned.rows[start : start + plan.batch.micro_size]
+                yield task.reader.read(rows, planned.bucket, number * plan.batch.global_size + start)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, WEIGHTS_FILE)
+        task.export(network, batches(), path)
+        output.write(WEIGHTS_FILE, path.read_bytes())

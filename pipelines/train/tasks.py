@@ -1,0 +1,240 @@
+"""What each network learns: a task turns a batch into losses per sample, and averaged weights into pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.conditioning import conditioning_vector, drop, select_context
+from model.config import Conditioning
+from model.diffusion import Diffusion, denoiser_loss, draw, gaussian, offset_noise
+from model.text import TextFeatures, tokenize
+from model.unet import UNet
+from model.vae import VAE, scale, unscale
+from model.vae_loss import (
+    adaptive_weight,
+    adversarial_loss,
+    divergence_loss,
+    hinge_loss,
+    reconstruction_loss,
+)
+from model.weights import Kind, save_weights
+from pipelines import networks
+from pipelines.config import BatchConfig, DenoiserTaskConfig, VAETaskConfig
+from pipelines.pictures import grid, to_pixels
+from pipelines.sampling import base_denoiser, generate, refine, refiner_denoiser
+from pipelines.schema import require_manifest
+from pipelines.storage import Storage, StorageOptions
+from pipelines.train.batches import Batch, ImageBatch, ImageReader, LatentBatch, LatentReader, Reader
+from pipelines.train.engine import Engine
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One network's loss on a micro-batch."""
+
+    engine: str
+    """Name of the network that learns from it."""
+    per_sample: Tensor  # [B]
+    terms: Mapping[str, Tensor]
+    """Parts of it, per sample or scalar, for the curves."""
+
+
+class Task(Protocol):
+    """What the loop asks of VAE, base and refiner."""
+
+    @property
+    def reader(self) -> Reader:
+        """What reads the task's dataset."""
+        ...
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that learn, by name."""
+        ...
+
+    def losses(self, engines: Mapping[str, Engine], batch: Batch) -> Iterator[Loss]:
+        """The losses of a micro-batch, one after another: each is learnt from before the next is made."""
+        ...
+
+    def samples(self, network: nn.Module, batch: Batch) -> np.ndarray:
+        """Pictures from the averaged weights, uint8 [H, W, 3]."""
+        ...
+
+    def export(self, network: nn.Module, batches: Iterator[Batch], path: Path) -> None:
+        """Write the averaged weights."""
+        ...
+
+
+class DenoiserTask:
+    """Base and refiner: predict the noise in latents, given text and sizes (SDXL 2.2, 2.5)."""
+
+    def __init__(
+        self,
+        config: DenoiserTaskConfig,
+        batch: BatchConfig,
+        pinned: str,
+        options: StorageOptions,
+        device: torch.device,
+    ) -> None:
+        """`pinned` is the digest of the latents' manifest."""
+        dataset = Storage(config.latents, options)
+        manifest = require_manifest(dataset, "latents", pinned)
+        self.reader = LatentReader(dataset, manifest)
+        self._config, self._batch, self._options, self._device = config, batch, options, device
+        self._scaling_factor = float(manifest.facts["vae"]["scaling_factor"])
+        self._unet = networks.unet(config.unet, options)
+        self._diffusion = Diffusion(config.diffusion, device)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The U-Net."""
+        return {"unet": self._unet}
+
+    def losses(self, engines: Mapping[str, Engine], batch: Batch) -> Iterator[Loss]:
+        """Squared error of the prediction, per sample."""
+        assert isinstance(batch, LatentBatch)
+        config, unet = self._config.loss, self._unet.config
+        size, shape = len(batch.mean), batch.mean.shape[1:]
+        draws = draw(self._batch.seed, batch.first, size, shape, config, len(unet.conditioning), self._device)
+        batch = to_device(batch, self._device)
+        latents = scale(batch.mean, batch.std, draws.posterior_noise, self._scaling_factor)  # [B,4,h,w]
+        noise = offset_noise(draws.noise, config.offset_noise, draws)  # [B,4,h,w]
+        noisy_latents = self._diffusion.add_noise(latents, noise, draws.timesteps)  # [B,4,h,w]
+        context = drop(select_context(batch.context, unet), draws.keep_context)  # [B,77,D]
+        pooled = drop(batch.pooled, draws.keep_pooled)  # [B,P]
+        vector = conditioning_vector(pooled, batch.conditions, unet, draws.keep_sizes)  # [B,V]
+        prediction = engines["unet"](noisy_latents, draws.timesteps, context, vector)  # [B,4,h,w]
+        yield Loss("unet", denoiser_loss(prediction, self._diffusion.target(latents, noise, draws.timesteps)), {})
+
+    def samples(self, network: nn.Module, batch: Batch) -> np.ndarray:
+        """The rows' images through the VAE, and below them: the base's own pictures for their captions, or the
+        refiner's of the same latents, noised to its first timestep."""
+        assert isinstance(network, UNet)
+        assert isinstance(batch, LatentBatch)
+        batch = to_device(batch, self._device)
+        vae = networks.vae(self._config.vae, self._options).to(self._device).eval()
+        noise = gaussian(self._batch.seed, 0, len(batch.mean), batch.mean.shape[1:], self._device)
+        text = TextFeatures(batch.context, batch.pooled)
+        guidance = self._config.samples
+        latents = batch.mean * self._scaling_factor
+        if Conditioning.AESTHETIC_SCORE in network.config.conditioning:
+            encoders = networks.text_encoders(self._config.text)
+            tokens = tokenize([""] * len(batch.mean), encoders.config)
+            empty = encoders(tokens)
+            empty = TextFeatures(empty.context.to(self._device), empty.pooled.to(self._device))
+            denoise = refiner_denoiser(
+                network, self._diffusion, text=text, empty=empty, conditions=batch.conditions, config=guidance
+            )
+            made = refine(denoise, latents, noise, self._diffusion, guidance)
+        else:
+            denoise = base_denoiser(network, self._diffusion, text, batch.conditions, guidance)
+            made = generate(denoise, None, noise, self._diffusion, guidance)
+        with torch.no_grad():
+            pictures = [to_pixels(vae.decode(unscale(x, self._scaling_factor))) for x in (latents, made)]
+        return grid(pictures)
+
+    def export(self, network: nn.Module, batches: Iterator[Batch], path: Path) -> None:
+        """Write the U-Net."""
+        save_weights(path, network.state_dict(), Kind.UNET, self._unet.config, asdict(self._config.diffusion))
+
+
+class VAETask:
+    """The autoencoder against a patch discriminator (SDXL 2.4; arXiv 2112.10752, appendix G)."""
+
+    def __init__(
+        self, config: VAETaskConfig, batch: BatchConfig, pinned: str, options: StorageOptions, device: torch.device
+    ) -> None:
+        """`pinned` is the digest of the index's manifest."""
+        index = Storage(config.index, options)
+        manifest = require_manifest(index, "index", pinned)
+        source = Storage(config.source.path, options)
+        max_pixels = int(manifest.fingerprint["filters"]["max_pixels"])
+        self.reader = ImageReader(index, manifest, source, config.crop, max_pixels)
+        self._config, self._batch, self._device = config, batch, device
+        self._vae = networks.vae(config.vae, options)
+        self._discriminator = networks.discriminator(config.discriminator, batch.seed)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The VAE and its discriminator."""
+        return {"vae": self._vae, "discriminator": self._discriminator}
+
+    def losses(self, engines: Mapping[str, Engine], batch: Batch) -> Iterator[Loss]:
+        """The VAE's loss, and once the adversarial term has joined, the discriminator's on the same pictures."""
+        assert isinstance(batch, ImageBatch)
+        config = self._config.loss
+        image = batch.image.to(self._device)  # [B,3,H,W]
+        noise = self._posterior_noise(batch)  # [B,4,h,w]
+        reconstruction, posterior = engines["vae"](image, noise)  # [B,3,H,W]
+        error = reconstruction_loss(image, reconstruction)  # [B]
+        divergence = divergence_loss(posterior, image)  # [B]
+        total = error + config.kl_weight * divergence  # [B]
+        terms = {"reconstruction": error, "divergence": divergence}
+        begun = batch.first - batch.first % self._batch.global_size  # images seen before this step, on every worker
+        if begun < config.adversarial_start_images:
+            yield Loss("vae", total, terms)
+            return
+        discriminator = engines["discriminator"]
+        discriminator.network.requires_grad_(False)
+        adversarial = adversarial_loss(discriminator(reconstruction))  # [B]
+        weight = adaptive_weight(error.mean(), adversarial.mean(), self._vae.last_layer, mean_over_workers)
+        total = total + config.adversarial_weight * weight * adversarial  # [B]
+        yield Loss("vae", total, terms | {"adversarial": adversarial, "adaptive_weight": weight})
+        discriminator.network.requires_grad_(True)
+        real, fake = discriminator(torch.cat([image, reconstruction.detach().to(image)])).chunk(2)  # [B,1,h,w]
+        yield Loss("discriminator", hinge_loss(real, fake), {})
+
+    @torch.no_grad()
+    def samples(self, network: nn.Module, batch: Batch) -> np.ndarray:
+        """The images, and below them their reconstructions."""
+        assert isinstance(batch, ImageBatch)
+        image = batch.image.to(self._device)
+        reconstruction, _ = network(image, self._posterior_noise(batch))
+        return grid([to_pixels(image), to_pixels(reconstruction)])
+
+    @torch.no_grad()
+    def export(self, network: nn.Module, batches: Iterator[Batch], path: Path) -> None:
+        """Write the VAE, with one over the deviation of its latents as the scaling factor."""
+        assert isinstance(network, VAE)
+        count, total, squares, seen = 0, 0.0, 0.0, 0
+        while seen < self._config.scaling_images:
+            batch = next(batches)
+            assert isinstance(batch, ImageBatch)
+            posterior = network.encode(batch.image.to(self._device))
+            count += posterior.mean.numel()
+            total += float(posterior.mean.double().sum())
+            squares += float((posterior.mean.double().square() + posterior.std.double().square()).sum())
+            seen += len(batch.image)
+        deviation = (squares / count - (total / count) ** 2) ** 0.5
+        config = replace(self._vae.config, scaling_factor=1 / deviation)
+        save_weights(path, network.state_dict(), Kind.VAE, config, {"scaling_images": seen})
+
+    def _posterior_noise(self, batch: ImageBatch) -> Tensor:
+        size, _, height, width = batch.image.shape
+        down = self._vae.config.downsample
+        shape = (self._vae.config.latent_channels, height // down, width // down)
+        return gaussian(self._batch.seed, batch.first, size, shape, self._device)
+
+
+def mean_over_workers(value: Tensor) -> Tensor:
+    """The mean of a tensor over all workers."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+        value /= torch.distributed.get_world_size()
+    return value
+
+
+def to_device(batch: LatentBatch, device: torch.device) -> LatentBatch:
+    """The batch on a device."""
+    return replace(
+        batch,
+        mean=batch.mean.to(device),
+        std=batch.std.to(device),
+        context=batch.context.to(device),
+        pooled=batch.pooled.to(device),
+        conditions={name: value.to(device) for name, value in batch.conditions.items()},
+    )

@@ -1,0 +1,120 @@
+import pytest
+import torch
+
+from model.config import DISCRIMINATOR_PRESETS, VAE_PRESETS
+from model.layouts import diffusers_config, to_diffusers
+from model.vae import VAE, Posterior, scale, unscale
+from model.vae_loss import (
+    PatchDiscriminator,
+    adaptive_weight,
+    adversarial_loss,
+    divergence_loss,
+    hinge_loss,
+    reconstruction_loss,
+)
+
+
+def image(batch=2, height=32, width=48):
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(2)) * 2 - 1
+
+
+def test_vae_equals_diffusers(vae_config, randomized, relative_error):
+    from diffusers import AutoencoderKL
+
+    vae = randomized(VAE(vae_config))
+    theirs = AutoencoderKL.from_config(diffusers_config(vae_config))
+    theirs.load_state_dict(to_diffusers(vae.state_dict(), vae_config))
+    with torch.no_grad():
+        posterior = vae.encode(image())
+        expected = theirs.encode(image()).latent_dist
+        assert relative_error(posterior.mean, expected.mean) < 1e-5
+        assert relative_error(posterior.std, expected.std) < 1e-5
+        assert relative_error(posterior.kl(), expected.kl()) < 1e-5
+        latents = torch.randn(posterior.mean.shape)
+        assert relative_error(vae.decode(latents), theirs.decode(latents).sample) < 1e-5
+
+
+def test_posterior_is_a_gaussian_with_bounded_spread():
+    vae = VAE(VAE_PRESETS["tiny"])
+    with torch.no_grad():
+        vae.quant_conv.bias[4:] = torch.tensor([-1e3, 1e3, 0.0, 0.0])
+        std = vae.encode(image()).std
+    torch.testing.assert_close(std[:, 0], torch.full_like(std[:, 0], torch.tensor(-15.0).exp()))
+    torch.testing.assert_close(std[:, 1], torch.full_like(std[:, 1], torch.tensor(10.0).exp()))
+
+
+def test_divergence_is_zero_for_the_unit_gaussian_and_equals_torch():
+    mean, std = torch.randn(3, 4, 2, 2), torch.rand(3, 4, 2, 2) + 0.1
+    unit = Posterior(torch.zeros_like(mean), torch.ones_like(std))
+    assert unit.kl().tolist() == [0.0] * 3
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, std), normal(0.0, 1.0)).sum((1, 2, 3))
+    torch.testing.assert_close(Posterior(mean, std).kl(), expected)
+
+
+def test_unscale_undoes_scale():
+    mean, std, noise = torch.randn(3, 2, 4, 4, 4)
+    factor = VAE_PRESETS["sdxl"].scaling_factor
+    torch.testing.assert_close(unscale(scale(mean, std, noise, factor), factor), Posterior(mean, std).sample(noise))
+
+
+def test_forward_decodes_a_sample_and_checkpointing_changes_no_gradient():
+    vae = VAE(VAE_PRESETS["tiny"])
+    noise = torch.randn(2, 4, 8, 12)
+    gradients = []
+    for vae.activation_checkpointing in (False, True):
+        vae.zero_grad()
+        reconstruction, posterior = vae(image(), noise)
+        assert torch.equal(reconstruction, vae.decode(posterior.sample(noise)))
+        (reconstruction_loss(image(), reconstruction) + posterior.kl()).mean().backward()
+        gradients.append([weight.grad for weight in vae.parameters()])
+    assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*gradients, strict=True))
+
+
+def test_an_image_of_odd_sides_is_refused():
+    with pytest.raises(ValueError, match="multiples of 4"):
+        VAE(VAE_PRESETS["tiny"]).encode(image(height=30))
+
+
+def test_reconstruction_and_divergence_keep_latent_diffusions_ratio():
+    pixels = image()
+    other = image().flip(0)
+    posterior = Posterior(torch.randn(2, 4, 8, 12), torch.ones(2, 4, 8, 12))
+    ratio = divergence_loss(posterior, pixels) / reconstruction_loss(pixels, other)
+    torch.testing.assert_close(ratio, posterior.kl() / (pixels - other).abs().sum((1, 2, 3)))
+
+
+def test_a_sample_is_judged_apart_from_its_neighbours():
+    discriminator = PatchDiscriminator(DISCRIMINATOR_PRESETS["tiny"])
+    logits = discriminator(image(batch=3))
+    assert logits.shape[:2] == (3, 1)
+    torch.testing.assert_close(logits[1:2], discriminator(image(batch=3)[1:2]))
+
+
+def test_a_full_size_logit_sees_70_pixels():
+    discriminator = PatchDiscriminator(DISCRIMINATOR_PRESETS["sdxl"])
+    norms = [index for index, layer in enumerate(discriminator.layers) if isinstance(layer, torch.nn.GroupNorm)]
+    for index in norms:  # a norm looks at the whole map
+        discriminator.layers[index] = torch.nn.Identity()
+    pixels = torch.randn(1, 3, 128, 128, requires_grad=True)
+    logits = discriminator(pixels)
+    logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
+    rows = pixels.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    assert rows[-1] - rows[0] + 1 == 70
+
+
+def test_hinge_is_zero_when_both_are_told_apart_with_margin():
+    ones = torch.ones(2, 1, 3, 3)
+    assert hinge_loss(ones, -ones).tolist() == [0.0, 0.0]
+    assert hinge_loss(0 * ones, 0 * ones).tolist() == [1.0, 1.0]
+    assert adversarial_loss(2 * ones).tolist() == [-2.0, -2.0]
+
+
+def test_adaptive_weight_equalizes_gradients_at_the_last_layer_and_is_bounded():
+    layer = torch.randn(5, requires_grad=True)
+    nll, adversarial = (3.0 * layer).sum(), (0.5 * layer).sum()
+    weight = adaptive_weight(nll, adversarial, layer)
+    torch.testing.assert_close(weight, torch.tensor(6.0), rtol=1e-3, atol=0)
+    assert not weight.requires_grad
+    assert adaptive_weight(1e9 * nll, adversarial, layer) == 1e4
+    assert adaptive_weight(nll, adversarial, layer, average=torch.zeros_like) == 0.0

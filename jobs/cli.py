@@ -96,7 +96,6 @@ def start_ray(job: Job) -> None:
     ray.init(
         address=job.ray.address,
         num_cpus=None if joins else job.ray.cpus,
-        include_dashboard=None if joins else False,
         logging_level=logging.WARNING,
         runtime_env={"env_vars": {name: os.environ[name] for name in WORKER_ENVIRONMENT}},
     )
@@ -164,7 +163,9 @@ def _refuse_lost_outputs(values: Mapping[str, Any]) -> None:
     """A submitted job runs in a temporary copy of its directory: what it writes there by a relative path is lost."""
     if SUBMITTED not in os.environ:
         return
-    lost = [name for name in ("output", "index", "latents") if not str(values.get(name, "/")).startswith(("/", "s3://"))]
+    lost = [
+        name for name in ("output", "index", "latents") if not str(values.get(name, "/")).startswith(("/", "s3://"))
+    ]
     if "uri" not in values.get("tracking", {}):
         lost.append("tracking.uri")
     if lost:

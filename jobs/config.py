@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar
 
-from annotated_types import Gt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.config import (
@@ -231,10 +230,10 @@ class DemoJob(Job):
     """Folder of everything that the demo makes."""
     preset: Literal["cpu", "gpu"] = "cpu"
     """Folder below jobs/configs/demo/ with the configuration of each stage."""
-    images: Annotated[int, Gt(1)] = 160
-    """Pictures to render."""
-    image_pixels: Annotated[int, Gt(31)] = 256
-    """Longest side of the largest picture, pixels."""
+    images: Count | None = None
+    """Pictures to render; None takes the preset's number."""
+    image_pixels: Count | None = None
+    """Longest side of the largest picture, pixels; None takes the preset's."""
 
 
 def _preset(key: str, name: str, presets: Iterable[str]) -> None:

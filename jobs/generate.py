@@ -38,8 +38,8 @@ def run(job: GenerateJob) -> None:
 
 def plan(job: GenerateJob) -> None:
     """Print what would be made."""
-    from pipelines.evaluate.generate import read_prompts
     from pipelines.estimate import parameters
+    from pipelines.evaluate.generate import read_prompts
 
     config = job.generate
     prompts = read_prompts(config.prompts, job.storage)

@@ -81,9 +81,8 @@ def plan(job: PreprocessJob) -> None:
         from pipelines.estimate import parameters
 
         area, rows = max(h * w for h, w in table), job.encode.rows_per_file
-        print(
-            f"encoders: VAE {parameters('vae', job.vae.preset):,} parameters, text {parameters('text', job.text.preset):,}"
-        )
+        vae, text = parameters("vae", job.vae.preset), parameters("text", job.text.preset)
+        print(f"encoders: VAE {vae:,} parameters, text {text:,}")
         print(f"memory: {rows * area * 3 / 2**20:.0f} MiB of pixels for each task of {rows} images on its way")
 
 

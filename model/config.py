@@ -250,6 +250,25 @@ UNET_PRESETS: Mapping[str, UNetConfig] = {
         conditioning=REFINER_CONDITIONING,
         context_offset=768,
     ),
+    "small-base": UNetConfig(  # for one GPU, with the tiny text encoders
+        model_channels=128,
+        channel_mult=(1, 2, 4),
+        transformer_depth=(0, 1, 4),
+        middle_depth=4,
+        context_dim=96,
+        pooled_dim=64,
+        conditioning=BASE_CONDITIONING,
+    ),
+    "small-refiner": UNetConfig(
+        model_channels=128,
+        channel_mult=(1, 2, 4),
+        transformer_depth=(0, 2, 0),
+        middle_depth=2,
+        context_dim=64,
+        pooled_dim=64,
+        conditioning=REFINER_CONDITIONING,
+        context_offset=32,
+    ),
     "tiny-base": UNetConfig(
         model_channels=64,
         channel_mult=(1, 2),
@@ -275,6 +294,7 @@ UNET_PRESETS: Mapping[str, UNetConfig] = {
 
 VAE_PRESETS: Mapping[str, VAEConfig] = {
     "sdxl": VAEConfig(),  # 83,653,863 parameters
+    "small": VAEConfig(channels=64, scaling_factor=1.0),
     "tiny": VAEConfig(channels=16, channel_mult=(1, 2, 4), num_res_blocks=1, norm_groups=8, scaling_factor=1.0),
 }
 

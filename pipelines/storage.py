@@ -10,7 +10,8 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -121,19 +122,18 @@ class Storage:
             with self.filesystem.open_output_stream(target) as stream:
                 stream.write(data)
             return
-        folder = os.path.dirname(target)
-        os.makedirs(folder, exist_ok=True)
-        temporary = os.path.join(folder, f"{TEMPORARY}{uuid.uuid4().hex}")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise
+        with _replacing(target) as temporary, open(temporary, "wb") as file:
+            file.write(data)
+
+    def upload(self, name: str, file: str | os.PathLike[str]) -> None:
+        """Copy a local file, however large, to `name`, whole."""
+        target = self.path(name)
+        local = pafs.LocalFileSystem()
+        if not self.is_local:
+            pafs.copy_files(os.fspath(file), target, local, self.filesystem)
+            return
+        with _replacing(target) as temporary:
+            pafs.copy_files(os.fspath(file), temporary, local, local)
 
     def delete(self, name: str) -> None:
         """Delete the file `name`."""
@@ -173,3 +173,20 @@ class Storage:
                     os.unlink(os.path.join(folder, name))
                     count += 1
         return count
+
+
+@contextmanager
+def _replacing(target: str) -> Iterator[str]:
+    """A temporary name beside `target` for the block to write, which takes its place, flushed, when the block ends."""
+    folder = os.path.dirname(target)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f"{TEMPORARY}{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise

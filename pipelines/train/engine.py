@@ -103,6 +103,17 @@ class Engine:
             self._exchange()
             self.network.train()
 
+    def full_weights(self) -> dict[str, Tensor]:
+        """All weights in fp32, on the CPU, gathered from the workers' shards: in full on worker 0, empty elsewhere."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in self.network.named_parameters():
+            full = safe_get_full_fp32_param(parameter)
+            if torch.distributed.get_rank() == 0:
+                weights[name] = full.to("cpu", copy=True)
+        return weights
+
     def save(self, folder: Path) -> None:
         """Write this worker's part of the checkpoint below `folder`."""
         target = folder / self.name

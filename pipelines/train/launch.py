@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from model.config import Conditioning
@@ -141,6 +141,7 @@ def _trainer(training: Training) -> TorchTrainer:
             storage_filesystem=output.filesystem,
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=training.schedule.keep_checkpoints),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # the stub is Train V1's
         ),
     )
 

@@ -101,8 +101,9 @@ def train_on_worker(settings: dict[str, Training]) -> None:
         if last:
             break
     with averaged.averaged() as network:
+        weights = averaged.full_weights()
         if rank == 0:
-            _export(task, network, plan, training.output)
+            _export(task, network, weights, plan, training.output)
 
 
 def _task(training: Training, device: torch.device) -> Task:
@@ -199,7 +200,9 @@ def _sample_batch(task: Task) -> Batch:
     return task.reader.read(np.array([[file, row] for row in range(count)]), bucket, 0)
 
 
-def _export(task: Task, network: torch.nn.Module, plan: Plan, output: Storage) -> None:
+def _export(
+    task: Task, network: torch.nn.Module, weights: dict[str, torch.Tensor], plan: Plan, output: Storage
+) -> None:
     def batches() -> Iterator[Batch]:
         for number in itertools.count():
             planned = plan.step(number)
@@ -209,5 +212,5 @@ def _export(task: Task, network: torch.nn.Module, plan: Plan, output: Storage) -
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, WEIGHTS_FILE)
-        task.export(network, batches(), path)
-        output.write(WEIGHTS_FILE, path.read_bytes())
+        task.export(network, weights, batches(), path)
+        output.upload(WEIGHTS_FILE, path)

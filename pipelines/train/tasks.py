@@ -66,8 +66,8 @@ class Task(Protocol):
         """Pictures from the averaged weights, uint8 [H, W, 3]."""
         ...
 
-    def export(self, network: nn.Module, batches: Iterator[Batch], path: Path) -> None:
-        """Write the averaged weights."""
+    def export(self, network: nn.Module, weights: Mapping[str, Tensor], batches: Iterator[Batch], path: Path) -> None:
+        """Write the averaged `weights`, in fp32; `network` computes with them, `batches` are there to measure on."""
         ...
 
 
@@ -138,9 +138,9 @@ class DenoiserTask:
             pictures = [to_pixels(vae.decode(unscale(x, self._scaling_factor))) for x in (latents, made)]
         return grid(pictures)
 
-    def export(self, network: nn.Module, batches: Iterator[Batch], path: Path) -> None:
+    def export(self, network: nn.Module, weights: Mapping[str, Tensor], batches: Iterator[Batch], path: Path) -> None:
         """Write the U-Net."""
-        save_weights(path, network.state_dict(), Kind.UNET, self._unet.config, asdict(self._config.diffusion))
+        save_weights(path, weights, Kind.UNET, self._unet.config, asdict(self._config.diffusion))
 
 
 class VAETask:
@@ -197,7 +197,7 @@ class VAETask:
         return grid([to_pixels(image), to_pixels(reconstruction)])
 
     @torch.no_grad()
-    def export(self, network: nn.Module, batches: Iterator[Batch], path: Path) -> None:
+    def export(self, network: nn.Module, weights: Mapping[str, Tensor], batches: Iterator[Batch], path: Path) -> None:
         """Write the VAE, with one over the deviation of its latents as the scaling factor."""
         assert isinstance(network, VAE)
         count, total, squares, seen = 0, 0.0, 0.0, 0
@@ -211,7 +211,7 @@ class VAETask:
             seen += len(batch.image)
         deviation = (squares / count - (total / count) ** 2) ** 0.5
         config = replace(self._vae.config, scaling_factor=1 / deviation)
-        save_weights(path, network.state_dict(), Kind.VAE, config, {"scaling_images": seen})
+        save_weights(path, weights, Kind.VAE, config, {"scaling_images": seen})
 
     def _posterior_noise(self, batch: ImageBatch) -> Tensor:
         size, _, height, width = batch.image.shape

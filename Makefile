@@ -1,0 +1,40 @@
+# Everything a newcomer types. Each target makes .venv first, from requirements.lock, where it is not there yet.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+OUTPUT ?= demo-output
+
+.PHONY: demo test check ui bench lock clean
+
+demo: $(STAMP)  ## the whole pipeline on rendered pictures; ARGS="preset=gpu" for one GPU
+	$(BIN)/python -m jobs.demo jobs/configs/demo.toml output=$(OUTPUT) $(ARGS)
+
+test: $(STAMP)  ## the test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy model pipelines jobs
+
+ui: $(STAMP)  ## the MLflow page on the demo's runs
+	$(BIN)/python -m mlflow ui --backend-store-uri sqlite:///$(abspath $(OUTPUT))/mlflow.db --port 5000
+
+bench: $(STAMP)  ## the benchmarks behind docs/benchmarks.md
+	$(BIN)/python -m pytest tests/benchmarks --benchmarks -s $(ARGS)
+
+lock: $(STAMP)  ## requirements.lock anew from pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+	  --python-version 3.11 --extra demo --extra dev pyproject.toml --output-file requirements.lock
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) $(OUTPUT) .pytest_cache .mypy_cache .ruff_cache
+
+$(STAMP): requirements.lock
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"Python 3.11 or 3.12 is needed, and $(PYTHON) is {v}; set PYTHON=")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --require-hashes --python $(BIN)/python --requirement requirements.lock
+	touch $@

@@ -1,0 +1,285 @@
+"""What tests share: one Ray cluster for the whole session, an S3 server, and the pipeline run once at tiny size.
+
+The cluster is started as a person starts one, with `ray start --head` and token authentication, so that submitted
+jobs meet the same one. Everything is started by the tests, listens on the loopback interface, and ends with them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+LOGICAL_CPUS = 4  # more than the machine may have: workers wait for each other more than they compute
+S3_KEY, S3_SECRET, S3_BUCKET = "test-key", secrets.token_hex(16), "sdxl"
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--benchmarks", action="store_true", help="run tests/benchmarks, which print and do not judge")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path.name == "benchmarks" and not config.getoption("--benchmarks"):
+        return True
+    return None
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running Ray cluster."""
+
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+    """What a client needs to reach it."""
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """One cluster, and this process connected to it."""
+    import ray
+
+    from jobs.cli import WORKER_ENVIRONMENT
+
+    os.environ.update(
+        {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "AWS_ACCESS_KEY_ID": S3_KEY,
+            "AWS_SECRET_ACCESS_KEY": S3_SECRET,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "PYTHONPATH": str(ROOT),
+            **WORKER_ENVIRONMENT,
+        }
+    )
+    port, dashboard = free_port(), free_port()
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets need a short path
+    command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--num-cpus={LOGICAL_CPUS}"]
+    command += [f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
+    command += ["--object-store-memory=1000000000", "--disable-usage-stats", "--ray-client-server-port=0"]
+    with open(Path(folder, "head.log"), "wb") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+    address = f"127.0.0.1:{port}"
+    os.environ["RAY_ADDRESS"] = address
+    try:
+        _wait_for(lambda: _connects(ray, address), 120, f"ray start did not come up: see {folder}/head.log")
+        yield Cluster(address, f"http://127.0.0.1:{dashboard}", dict(os.environ))
+        ray.shutdown()
+    finally:
+        _end(head)
+
+
+def _connects(ray: Any, address: str) -> bool:
+    try:
+        ray.init(address=address, log_to_driver=True, logging_level="warning")
+    except (ConnectionError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class S3:
+    """A running S3 server with one bucket."""
+
+    endpoint: str
+    bucket: str
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """A SeaweedFS server that checks credentials."""
+    import boto3
+    from botocore.config import Config
+
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="s3-") as folder:
+        actions = ["Admin", "Read", "Write", "List", "Tagging"]
+        keys = [{"accessKey": S3_KEY, "secretKey": S3_SECRET}]
+        identities = {"identities": [{"name": "test", "credentials": keys, "actions": actions}]}
+        Path(folder, "s3.json").write_text(json.dumps(identities))
+        os.environ |= {"AWS_ACCESS_KEY_ID": S3_KEY, "AWS_SECRET_ACCESS_KEY": S3_SECRET}
+        names = ("master.port", "volume.port", "filer.port", "master.port.grpc", "volume.port.grpc", "filer.port.grpc")
+        ports = {name: free_port() for name in (*names, "s3.port.grpc")}
+        command = [str(BIN / "weed"), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+        command += [f"-{name}={value}" for name, value in ports.items()]
+        command += ["-master.volumeSizeLimitMB=64", "-volume.max=20", "-filer", "-s3", f"-s3.port={port}"]
+        command += [f"-s3.config={folder}/s3.json"]
+        with open(Path(folder, "weed.log"), "wb") as log:
+            server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        endpoint = f"http://127.0.0.1:{port}"
+        client = boto3.client(
+            "s3",
+            endpoint_url=endpoint,
+            region_name="us-east-1",
+            config=Config(retries={"max_attempts": 1}, connect_timeout=2, read_timeout=20),
+        )
+
+        def has_bucket() -> bool:
+            try:
+                client.create_bucket(Bucket=S3_BUCKET)
+                client.put_object(Bucket=S3_BUCKET, Key="ready", Body=b"")
+            except Exception:
+                return False
+            return True
+
+        try:
+            _wait_for(has_bucket, 90, f"weed did not come up: {Path(folder, 'weed.log').read_text()[-2000:]}")
+            yield S3(endpoint, S3_BUCKET)
+        finally:
+            _end(server)
+
+
+def _wait_for(ready: Callable[[], bool], seconds: float, message: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > deadline:
+            raise TimeoutError(message)
+        time.sleep(0.5)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that this session started, and what it started."""
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    for child in children:
+        if child.is_running():
+            child.kill()
+
+
+@contextmanager
+def killing(title: str, when: Callable[[], bool] = lambda: True) -> Iterator[list[int]]:
+    """Kill -9 the first Ray worker whose title holds `title`, once `when` says so; gives the killed pids.
+
+    Only workers below the cluster that this session started are looked at.
+    """
+    killed: list[int] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.05):
+            if not when():
+                continue
+            for process in psutil.process_iter(["pid", "cmdline"]):
+                words = " ".join(process.info["cmdline"] or [])
+                if words.startswith("ray::") and title in words and _is_ours(process):
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+                    return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    try:
+        return process.environ().get("RAY_AUTH_TOKEN") == os.environ["RAY_AUTH_TOKEN"]
+    except psutil.Error:
+        return False
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The shipped demo configuration, on a folder of its own, at the size of a test."""
+
+    root: Path
+    options: tuple[str, ...] = ()
+
+    def load(self, kind: Any, name: str, *overrides: str) -> Any:
+        """A stage's job."""
+        from jobs.cli import load
+
+        return load(kind, str(ROOT / "jobs/configs/demo/cpu" / f"{name}.toml"), self.arguments(name, *overrides))
+
+    def arguments(self, name: str, *overrides: str) -> list[str]:
+        """The overrides that place a stage in the folder."""
+        root = self.root
+        vae = {"task.vae.path": "vae"}
+        train = ["batch.global_size=8", "batch.micro_size=4", "schedule.log_images=8", "task.samples.steps=2"]
+        sampled = ["schedule.sample_images=16", "optimizer.warmup_images=0", "optimizer.decay_images=0"]
+        places = {
+            "preprocess": {"source.path": "images", "index": "index", "latents": "latents", "vae.path": "vae"},
+            "train_vae": {"output": "vae", "task.index": "index", "task.source.path": "images"},
+            "train_base": {"output": "base", "task.latents": "latents", **vae},
+            "train_refiner": {"output": "refiner", "task.latents": "latents", **vae},
+            "generate": {
+                "output": "pictures",
+                "generate.base.path": "base",
+                "generate.refiner.path": "refiner",
+                "generate.vae.path": "vae",
+                "generate.prompts.index": "index",
+            },
+        }[name]
+        small = {
+            "preprocess": ["index_rows_per_file=8", "encode.rows_per_file=8"],
+            "train_vae": [t for t in train if "task" not in t] + sampled + ["task.scaling_images=8"],
+            "train_base": train + sampled,
+            "train_refiner": train + sampled,
+            "generate": ["generate.guidance.steps=5"],
+        }[name]
+        tracking = [f'tracking.uri="sqlite:///{root}/mlflow.db"']
+        return [f'{key}="{root / place}"' for key, place in places.items()] + tracking + small + [*overrides]
+
+
+@dataclass(frozen=True)
+class Finished(Demo):
+    """A demo whose stages have all run once."""
+
+    images: int = 0
+
+
+SCHEDULE = ("schedule.images=32", "schedule.checkpoint_images=16")
+
+
+@pytest.fixture(scope="session")
+def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Every stage of the pipeline, run once on 24 rendered pictures and three bad files."""
+    from jobs import generate, preprocess, train_base, train_refiner, train_vae
+    from jobs.config import GenerateJob, PreprocessJob, TrainBaseJob, TrainRefinerJob, TrainVAEJob
+    from jobs.demo_images import render_images
+
+    demo = Finished(tmp_path_factory.mktemp("pipeline"), images=24)
+    render_images(demo.root / "images", demo.images, 96)
+    job = demo.load(PreprocessJob, "preprocess")
+    preprocess.run_stage(job, "index")
+    adversarial = "task.loss.adversarial_start_images=16"
+    train_vae.run(demo.load(TrainVAEJob, "train_vae", *SCHEDULE, adversarial))
+    preprocess.run_stage(job, "latents")
+    train_base.run(demo.load(TrainBaseJob, "train_base", *SCHEDULE))
+    train_refiner.run(demo.load(TrainRefinerJob, "train_refiner", *SCHEDULE, "workers.zero_stage=2"))
+    generate.run(demo.load(GenerateJob, "generate"))
+    return demo

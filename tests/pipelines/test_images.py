@@ -1,0 +1,280 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from pipelines.config import CropConfig
+from pipelines.images import DECODE_ERRORS, content_id, crop_pixels, decode, draw_crop, fit, header_size
+
+MAX_PIXELS = 10_000_000
+LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}}
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+STORED_AS = {  # how a camera stores an upright picture under each EXIF orientation
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(data: bytes) -> np.ndarray:
+    image = decode(data, MAX_PIXELS)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header claims these sides."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = chunk(b"IDAT", zlib.compress(b""))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + rows + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("orientation", STORED_AS)
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_every_orientation_is_brought_upright(kind, orientation):
+    upright = noise(12, 20)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(upright)
+    if (method := STORED_AS[orientation]) is not None:
+        stored = stored.transpose(method)
+    data = encoded(stored, kind, exif=exif, **LOSSLESS[kind])
+    assert np.array_equal(pixels(data), upright)
+    assert header_size(data) == (12, 20)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_header_gives_height_and_width(kind):
+    data = encoded(Image.fromarray(noise(12, 20)), kind)
+    assert header_size(data) == (12, 20)
+    assert pixels(data).shape == (12, 20, 3)
+
+
+def test_transparency_lies_over_white():
+    image = Image.fromarray(np.array([[[0, 0, 0, 0], [0, 0, 0, 255], [255, 0, 0, 128]]], np.uint8), "RGBA")
+    assert pixels(encoded(image)).tolist() == [[[255, 255, 255], [0, 0, 0], [255, 127, 127]]]
+
+
+def test_gray_with_alpha_lies_over_white():
+    image = Image.fromarray(np.array([[[0, 0], [0, 255], [100, 255]]], np.uint8), "LA")
+    assert pixels(encoded(image)).tolist() == [[[255] * 3, [0] * 3, [100] * 3]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_a_transparent_palette_entry_lies_over_white(kind):
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    expected = [[[255, 0, 0], [255, 255, 255], [0, 0, 255]]]
+    assert pixels(encoded(image, kind, transparency=1)).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_become_eight_by_their_upper_byte(kind):
+    image = Image.fromarray(np.array([[0, 255, 256, 32_768, 65_535]], np.uint16))
+    assert image.mode == "I;16"
+    assert pixels(encoded(image, kind))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_one_bit_becomes_black_and_white(kind):
+    image = Image.fromarray(np.array([[False, True]]))
+    assert pixels(encoded(image, kind))[0, :, 1].tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk_becomes_rgb(kind):
+    data = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), kind)
+    assert np.abs(pixels(data).astype(int) - [255, 0, 0]).max() <= 2
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert (pixels(data) == [255, 0, 0]).all()
+
+
+def test_floats_are_refused_because_nothing_says_what_white_is():
+    with pytest.raises(DECODE_ERRORS):
+        decode(encoded(Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32)), "TIFF"), MAX_PIXELS)
+
+
+def test_a_profile_is_converted_to_srgb():
+    gray = np.repeat(noise(4, 4, 1)[..., None], 3, axis=2)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    same = pixels(encoded(Image.fromarray(gray), icc_profile=profile))
+    assert np.abs(same.astype(int) - gray).max() <= 1
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    other = pixels(encoded(Image.fromarray(gray), icc_profile=lab))
+    assert np.abs(other.astype(int) - gray).max() > 1
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+@pytest.mark.parametrize("profile", ["of another colour space", "damaged"])
+def test_a_profile_that_does_not_fit_is_left_out_and_the_image_kept(mode, profile):
+    image = Image.new(mode, (8, 8), 0)
+    space = "sRGB" if mode != "RGB" else "LAB"
+    fits_not = ImageCms.ImageCmsProfile(ImageCms.createProfile(space)).tobytes()
+    data = encoded(image, "JPEG", icc_profile=fits_not if profile != "damaged" else b"nonsense" * 20)
+    expected = pixels(encoded(image, "JPEG"))
+    assert np.abs(pixels(data).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_truncated_file_is_an_error(kind, share):
+    data = encoded(Image.fromarray(noise(24, 40)), kind)
+    with pytest.raises(DECODE_ERRORS):
+        decode(data[: int(share * len(data))], MAX_PIXELS)
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a", b"not an image at all", b"\xff\xd8\xff\xe0", b"RIFF0000WEBPVP8 ", b"II*\0"])
+def test_what_is_no_image_is_an_error(data):
+    with pytest.raises(DECODE_ERRORS):
+        decode(data, MAX_PIXELS)
+    with pytest.raises(DECODE_ERRORS):
+        header_size(data)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_damaged_file_is_decoded_or_an_error_and_nothing_else(kind):
+    data = encoded(Image.fromarray(noise(24, 40)), kind)
+    draws = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in draws.integers(len(data), size=3):
+            damaged[place] = draws.integers(256)
+        try:
+            header_size(bytes(damaged))
+            decode(bytes(damaged), MAX_PIXELS)
+        except DECODE_ERRORS:
+            pass
+
+
+def test_a_format_that_is_not_supported_is_not_opened():
+    with pytest.raises(DECODE_ERRORS):
+        decode(encoded(Image.fromarray(noise(4, 4)), "PPM"), MAX_PIXELS)
+
+
+def test_a_huge_claim_is_refused_before_anything_is_allocated():
+    assert header_size(claiming(5000, 3000)) == (3000, 5000)
+    with pytest.raises(ValueError, match="3000 x 5000"):
+        decode(claiming(5000, 3000), 5000 * 3000 - 1)
+
+
+def test_the_pixel_limit_is_ours_and_not_the_librarys():
+    assert header_size(claiming(20_000, 19_000)) == (19_000, 20_000)
+
+
+def test_the_limit_itself_is_allowed():
+    assert decode(encoded(Image.fromarray(noise(4, 5))), 20).size == (5, 4)
+
+
+def test_an_id_is_the_content():
+    assert content_id(b"abc") == "ba7816bf8f01cfea414140de5dae2223"
+    assert content_id(b"abd") != content_id(b"abc")
+
+
+def test_the_fit_covers_the_bucket_and_is_tight_on_one_side():
+    draws = np.random.default_rng(0)
+    for _ in range(500):
+        size = tuple(draws.integers(1, 400, 2).tolist())
+        bucket = tuple((8 * draws.integers(1, 40, 2)).tolist())
+        height, width = fit(size, bucket)
+        assert height >= bucket[0]
+        assert width >= bucket[1]
+        assert height == bucket[0] or width == bucket[1]
+        scale = max(bucket[0] / size[0], bucket[1] / size[1])
+        assert abs(height - size[0] * scale) <= 0.5 + 1e-6
+        assert abs(width - size[1] * scale) <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("bucket", [(8, 16), (16, 8), (8, 8)])
+def test_an_image_of_the_buckets_size_is_not_resized(bucket):
+    assert fit(bucket, bucket) == bucket
+    image = Image.fromarray(noise(*bucket))
+    assert np.array_equal(crop_pixels(image, bucket, (0, 0), False), np.asarray(image))
+
+
+def test_a_crop_lies_inside_and_follows_from_seed_and_image():
+    draws = np.random.default_rng(0)
+    bucket = (16, 24)
+    for number in range(300):
+        size = tuple(draws.integers(1, 200, 2).tolist())
+        crop = CropConfig(flip_chance=0.5, seed=number % 3)
+        (top, left), flip = draw_crop(size, bucket, crop, f"id{number}")
+        height, width = fit(size, bucket)
+        assert 0 <= top <= height - bucket[0]
+        assert 0 <= left <= width - bucket[1]
+        assert draw_crop(size, bucket, crop, f"id{number}") == ((top, left), flip)
+
+
+def test_another_seed_or_another_image_draws_another_crop():
+    def crops(seed: int, prefix: str) -> list:
+        config = CropConfig(flip_chance=0.5, seed=seed)
+        return [draw_crop((10, 100), (8, 8), config, f"{prefix}{n}") for n in range(20)]
+
+    assert len({str(crops(0, "a")), str(crops(1, "a")), str(crops(0, "b"))}) == 3
+
+
+@pytest.mark.parametrize("size", [(8, 11), (11, 8)])
+def test_offsets_are_uniform_from_edge_to_edge(size):
+    axis = size.index(11)
+    offsets = [draw_crop(size, (8, 8), CropConfig(), str(number))[0] for number in range(2000)]
+    assert {offset[1 - axis] for offset in offsets} == {0}
+    counts = np.bincount([offset[axis] for offset in offsets])
+    assert len(counts) == 4
+    assert np.abs(counts - 500).max() < 80  # four deviations of a fair draw
+
+
+def test_the_centre_is_the_centre_whatever_the_image():
+    crop = CropConfig(placement="center")
+    assert {draw_crop((8, 12), (8, 8), crop, str(number)) for number in range(10)} == {((0, 2), False)}
+    assert draw_crop((13, 8), (8, 8), crop, "x") == ((2, 0), False)
+
+
+def test_flips_come_as_often_as_asked_and_do_not_move_the_crop():
+    def drawn(chance: float) -> list:
+        return [draw_crop((8, 32), (8, 8), CropConfig(flip_chance=chance), str(n)) for n in range(1000)]
+
+    never, some, always = drawn(0.0), drawn(0.3), drawn(1.0)
+    assert {flip for _, flip in never} == {False}
+    assert {flip for _, flip in always} == {True}
+    assert abs(sum(flip for _, flip in some) - 300) < 60
+    assert [place for place, _ in never] == [place for place, _ in some] == [place for place, _ in always]
+
+
+def test_cropped_pixels_are_those_of_a_plain_resize_and_crop():
+    image = Image.fromarray(noise(30, 50))
+    bucket, (top, left) = (16, 24), (0, 2)
+    assert fit((30, 50), bucket) == (16, 27)
+    plain = image.resize((27, 16), Image.Resampling.LANCZOS).crop((left, top, left + 24, top + 16))
+    assert np.array_equal(crop_pixels(image, bucket, (top, left), False), np.asarray(plain))
+
+
+def test_a_flip_mirrors_the_crop_left_to_right():
+    image = Image.fromarray(noise(30, 50))
+    plain = crop_pixels(image, (16, 24), (0, 2), False)
+    assert np.array_equal(crop_pixels(image, (16, 24), (0, 2), True), plain[:, ::-1])

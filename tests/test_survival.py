@@ -1,0 +1,122 @@
+"""Processes that are killed, at work, with kill -9: every stage ends with what an unbroken run gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from jobs import generate, preprocess, train_base
+from jobs.config import GenerateJob, PreprocessJob, TrainBaseJob
+from pipelines.schema import Column, data_files, require_manifest
+from pipelines.storage import TEMPORARY, Storage
+from tests.conftest import SCHEDULE, Demo, Finished, killing
+
+
+def content(dataset: Path, kind: str) -> dict[str, dict]:
+    """Rows by path or id, whatever file they lie in."""
+    storage = Storage(str(dataset))
+    found: dict[str, dict] = {}
+    for file in data_files(storage, require_manifest(storage, kind)):
+        for row in storage.read_table(file.name).to_pylist():
+            name = row[Column.PATH if kind == "index" else Column.ID]
+            assert name not in found
+            found[name] = row
+    return found
+
+
+def copy_of(finished: Finished, folder: Path, *parts: str) -> Demo:
+    """A demo on some of the finished one's folders."""
+    for part in parts:
+        shutil.copytree(finished.root / part, folder / part)  # copytree keeps modification times
+    return Demo(folder)
+
+
+def test_index_after_its_worker_is_killed(finished: Finished, tmp_path: Path) -> None:
+    demo = copy_of(finished, tmp_path, "images")
+    some = lambda: any((tmp_path / "index").rglob("*.parquet"))  # noqa: E731
+    with killing("MapBatches(measure)", some) as killed:
+        preprocess.run_stage(demo.load(PreprocessJob, "preprocess", "index_rows_per_file=1"), "index")
+    assert killed
+    assert content(tmp_path / "index", "index") == content(finished.root / "index", "index")
+
+
+def test_latents_after_the_encoder_is_killed(finished: Finished, tmp_path: Path) -> None:
+    demo = copy_of(finished, tmp_path, "images", "index", "vae")
+    some = lambda: any((tmp_path / "latents").rglob("*.parquet"))  # noqa: E731
+    with killing("MapWorker(MapBatches(Encoder))", some) as killed:
+        preprocess.run_stage(demo.load(PreprocessJob, "preprocess", "encode.rows_per_file=1"), "latents")
+    assert killed
+    assert content(tmp_path / "latents", "latents") == content(finished.root / "latents", "latents")
+
+
+def test_a_run_that_stopped_half_way_leaves_nothing_that_looks_finished(finished: Finished, tmp_path: Path) -> None:
+    """What a killed driver leaves: some whole files, one half-written, and no manifest."""
+    demo = copy_of(finished, tmp_path, "images", "index", "vae", "latents")
+    whole = sorted((tmp_path / "latents" / "data").rglob("*.parquet"))
+    shutil.rmtree(tmp_path / "latents" / "manifests")
+    shutil.rmtree(tmp_path / "latents" / "files")
+    (tmp_path / "latents" / "manifest.json").unlink()
+    lost = whole[0]
+    lost.with_name(f"{TEMPORARY}1").write_bytes(lost.read_bytes()[:100])
+    lost.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in whole[1:]}
+    job = demo.load(TrainBaseJob, "train_base", *SCHEDULE)
+    with pytest.raises(FileNotFoundError, match="holds no finished latents"):
+        train_base.run(job)
+    preprocess.run_stage(demo.load(PreprocessJob, "preprocess"), "latents")
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}  # what was whole is not done again
+    assert not list(tmp_path.rglob(f"{TEMPORARY}*"))
+    assert content(tmp_path / "latents", "latents") == content(finished.root / "latents", "latents")
+
+
+def test_training_after_a_worker_is_killed_ends_with_the_same_weights(finished: Finished, tmp_path: Path) -> None:
+    demo = copy_of(finished, tmp_path, "latents", "vae")
+    checkpointed = lambda: any((tmp_path / "base").glob("checkpoints/checkpoint_*/progress.json"))  # noqa: E731
+    with killing("RayTrainWorker", checkpointed) as killed:
+        train_base.run(demo.load(TrainBaseJob, "train_base", *SCHEDULE))
+    assert killed
+    assert_same_weights(tmp_path / "base", finished.root / "base")
+    steps = curve(tmp_path, "images_seen")
+    assert steps == [8, 16, 24, 32]  # neither a gap nor a point twice
+
+
+def test_training_in_two_goes_equals_training_in_one(finished: Finished, tmp_path: Path) -> None:
+    demo = copy_of(finished, tmp_path, "latents", "vae")
+    train_base.run(demo.load(TrainBaseJob, "train_base", "schedule.images=16", "schedule.checkpoint_images=16"))
+    first = json.loads((tmp_path / "base" / "run.json").read_text())
+    train_base.run(demo.load(TrainBaseJob, "train_base", *SCHEDULE))
+    assert json.loads((tmp_path / "base" / "run.json").read_text())["run_id"] == first["run_id"]
+    assert_same_weights(tmp_path / "base", finished.root / "base")
+    assert curve(tmp_path, "images_seen") == [8, 16, 24, 32]
+
+
+def test_pictures_after_the_generator_is_killed(finished: Finished, tmp_path: Path) -> None:
+    demo = copy_of(finished, tmp_path, "index", "vae", "base", "refiner")
+    some = lambda: any((tmp_path / "pictures" / "pictures").glob("*.png"))  # noqa: E731
+    with killing("MapWorker(MapBatches(Generator))", some) as killed:
+        generate.run(demo.load(GenerateJob, "generate", "generate.batch=1"))
+    assert killed
+    ours, theirs = (
+        {p.name: p.read_bytes() for p in (r / "pictures/pictures").iterdir()} for r in (tmp_path, finished.root)
+    )
+    assert ours.keys() == theirs.keys()
+
+
+def curve(root: Path, name: str) -> list[int]:
+    client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("sdxl-base").experiment_id])
+    assert len(runs) == 1
+    return [point.step for point in client.get_metric_history(runs[0].info.run_id, name)]
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    ours, theirs = (load_file(folder / "weights.safetensors") for folder in (run, other))
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different

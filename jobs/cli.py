@@ -7,8 +7,10 @@ import difflib
 import json
 import logging
 import os
+import signal
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +27,8 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a reported checkpoint is recorded, and a death noticed
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 
@@ -35,7 +39,7 @@ class JobError(Exception):
 def main(kind: type[J], run: Callable[[J], None], plan: Callable[[J], None], argv: Sequence[str] | None = None) -> None:
     """Parse the command line into a `kind`, then `plan` it (--dry-run) or start Ray and `run` it. Ends the process."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m jobs.{run.__module__.rpartition('.')[2] if run.__module__ != '__main__' else 'JOB'}",
+        prog=f"python -m {_module()}",
         description=kind.__doc__,
         epilog="Each override names a setting by its dotted path, e.g. optimizer.lr=3e-5; values are TOML.",
     )
@@ -48,14 +52,18 @@ def main(kind: type[J], run: Callable[[J], None], plan: Callable[[J], None], arg
     except JobError as error:
         sys.exit(_complain(f"{arguments.config}: {error}", USAGE_ERROR))
     print(json.dumps(settings(job), indent=2, ensure_ascii=False))
+    os.environ.update({name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()})
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         if arguments.dry_run:
             plan(job)
         else:
             start_ray(job)
             run(job)
-    except (ValueError, OSError, JobError) as error:
+    except JobError as error:
         sys.exit(_complain(str(error), FAILURE))
+    except (ValueError, OSError) as error:
+        sys.exit(_complain(f"{error} ({_raised_at(error)})", FAILURE))
     sys.exit(0)
 
 
@@ -88,16 +96,14 @@ def start_ray(job: Job) -> None:
     """Join the configured or surrounding cluster, or start one on this machine."""
     import ray
 
-    for name, value in WORKER_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     if ray.is_initialized():
         return
     joins = job.ray.address is not None or "RAY_ADDRESS" in os.environ
     ray.init(
-        address=job.ray.address,
+        address=job.ray.address if joins else "local",
         num_cpus=None if joins else job.ray.cpus,
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": {name: os.environ[name] for name in WORKER_ENVIRONMENT}},
+        runtime_env={"env_vars": {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}},
     )
 
 
@@ -173,6 +179,23 @@ def _refuse_lost_outputs(values: Mapping[str, Any]) -> None:
             f"{', '.join(lost)}: a submitted job runs in a temporary copy of its directory; "
             "give absolute paths or s3:// (for tracking.uri a server, or sqlite:////absolute/path.db)"
         )
+
+
+def _module() -> str:
+    """The module that was started, e.g. jobs.preprocess."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else "jobs"
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """End as control-C does, so that runs are closed: `ray job stop` sends SIGTERM."""
+    raise KeyboardInterrupt
+
+
+def _raised_at(error: BaseException) -> str:
+    """Where an error comes from, as file:line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{os.path.relpath(frames[-1].filename)}:{frames[-1].lineno}" if frames else "no trace"
 
 
 def _complain(message: str, code: int) -> int:

@@ -45,7 +45,8 @@ class RayConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     address: str | None = None
-    """Address of a running cluster; None joins the one that the job was submitted to, or starts one here."""
+    """Address of a running cluster, "auto" for this machine's; None joins the one that the job was submitted to (or
+    RAY_ADDRESS), and else starts one for the job."""
     cpus: Count | None = None
     """CPU cores of a cluster that is started here; None takes all."""
 
@@ -96,7 +97,8 @@ class PreprocessJob(Job):
         from pipelines.preprocess.bucket import bucket_table
 
         _preset("vae.preset", self.vae.preset, VAE_PRESETS)
-        _preset("text.preset", self.text.preset, TEXT_PRESETS)
+        if "latents" in self.stages:
+            _text("text", self.text)
         if "latents" in self.stages and self.latents is None:
             raise ValueError("latents: the latents stage needs a folder to write to")
         if ("latents" in self.stages) and self.vae.path is None:
@@ -165,7 +167,7 @@ class TrainDenoiserJob(TrainingJob):
         task = self.task
         _preset("task.unet.preset", task.unet.preset, UNET_PRESETS)
         _preset("task.vae.preset", task.vae.preset, VAE_PRESETS)
-        _preset("task.text.preset", task.text.preset, TEXT_PRESETS)
+        _text("task.text", task.text)
         _fits_text("task.unet.preset", UNET_PRESETS[task.unet.preset], task.text)
         _range("task.loss.timesteps", task.loss.timesteps, task.diffusion)
         if task.vae.path is None:
@@ -186,6 +188,8 @@ class TrainRefinerJob(TrainDenoiserJob):
 
     @model_validator(mode="after")
     def _check_network(self) -> Self:
+        if self.task.samples.handover == 0:
+            raise ValueError("task.samples.handover: the refiner's pictures need a timestep to start from")
         return _conditioned_on(self, Conditioning.AESTHETIC_SCORE, "the refiner")
 
 
@@ -201,7 +205,7 @@ class GenerateJob(Job):
     def _check(self) -> Self:
         config = self.generate
         _preset("generate.vae.preset", config.vae.preset, VAE_PRESETS)
-        _preset("generate.text.preset", config.text.preset, TEXT_PRESETS)
+        _text("generate.text", config.text)
         down = VAE_PRESETS[config.vae.preset].downsample
         for name, weights in (("base", config.base), ("refiner", config.refiner)):
             if weights is None:
@@ -218,8 +222,12 @@ class GenerateJob(Job):
         named = [bool(config.prompts.texts), config.prompts.file is not None, config.prompts.index is not None]
         if sum(named) != 1:
             raise ValueError("generate.prompts: give exactly one of texts, file and index")
-        if config.guidance.handover >= config.diffusion.num_timesteps:
+        timesteps = (config.diffusion or DiffusionConfig()).num_timesteps
+        if config.guidance.handover >= timesteps:
             raise ValueError(f"generate.guidance.handover: {config.guidance.handover} leaves no timestep to the base")
+        for name, weights in (("base", config.base), ("refiner", config.refiner), ("vae", config.vae)):
+            if weights is not None and weights.path is None:
+                raise ValueError(f"generate.{name}.path: is missing; pictures need trained weights")
         return self
 
 
@@ -239,6 +247,13 @@ class DemoJob(Job):
 def _preset(key: str, name: str, presets: Iterable[str]) -> None:
     if name not in presets:
         raise ValueError(f"{key}: there is no preset {name!r}; there are {', '.join(presets)}")
+
+
+def _text(key: str, text: TextWeightsConfig) -> None:
+    _preset(f"{key}.preset", text.preset, TEXT_PRESETS)
+    named = [text.clip_l is not None, text.bigg is not None]
+    if (text.seed is None and not all(named)) or (text.seed is not None and any(named)):
+        raise ValueError(f"{key}: name both clip_l and bigg, or give a seed for random weights")
 
 
 def _range(key: str, timesteps: tuple[int, int], diffusion: DiffusionConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 import time
@@ -15,9 +16,10 @@ from typing import Any
 from PIL import Image
 
 from jobs import generate, preprocess, train_base, train_refiner, train_vae
-from jobs.cli import load, main
+from jobs.cli import load, main, settings
 from jobs.config import DemoJob, GenerateJob, Job, PreprocessJob, TrainBaseJob, TrainRefinerJob, TrainVAEJob
 from jobs.demo_images import render_images
+from pipelines.config import flat
 from pipelines.evaluate.generate import MANIFEST
 from pipelines.evaluate.retrieval import retrieval
 from pipelines.images import decode
@@ -117,10 +119,9 @@ def stage_jobs(job: DemoJob) -> Stages:
 
     def read(kind: type[Job], name: str, **paths: Path) -> Any:
         overrides = [f'{key}="{path}"' for key, path in paths.items()]
-        uri = job.tracking.uri or f"sqlite:///{root / LOCAL_DATABASE}"
-        overrides += [f'tracking.uri="{uri}"']
-        if job.ray.address is not None:
-            overrides += [f'ray.address="{job.ray.address}"']
+        shared = flat({name: settings(job)[name] for name in ("storage", "tracking", "ray")})
+        shared["tracking.uri"] = job.tracking.uri or f"sqlite:///{root / LOCAL_DATABASE}"
+        overrides += [f"{key}={json.dumps(value)}" for key, value in shared.items() if value is not None]
         return load(kind, str(CONFIGS / job.preset / f"{name}.toml"), overrides)
 
     return Stages(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 
-from jobs.cli import main, settings
+from jobs.cli import JobError, main, settings
 from jobs.config import PreprocessJob
 from pipelines.preprocess.bucket import bucket_table
 from pipelines.schema import Manifest, read_manifest, require_manifest
 from pipelines.storage import Storage
 from pipelines.tracking import Lineage, closing, log_json, log_numbers, open_run, tracking_uri
+
+SHOWN_FAILURES = 20  # the manifest has them all
 
 
 def run(job: PreprocessJob) -> None:
@@ -61,8 +63,11 @@ def run_stage(job: PreprocessJob, stage: str) -> None:
         totals = {"rows": manifest.rows, "rows_made": outcome.done, "rows_failed": len(outcome.failures)}
         log_numbers(uri, run_id, counts | totals | {"seconds": seconds})
     print(f"{stage}: {outcome.done} made in {seconds:.1f} s, {_describe(manifest)}")
-    for path, reason in outcome.failures.items():
-        print(f"  failed: {path}: {reason}")
+    if outcome.failures:
+        raise JobError(
+            f"{stage}: {len(outcome.failures)} images could not be made, and are tried again by the next run:\n  "
+            + "\n  ".join(f"{path}: {reason}" for path, reason in list(outcome.failures.items())[:SHOWN_FAILURES])
+        )
 
 
 def plan(job: PreprocessJob) -> None:

@@ -54,8 +54,8 @@ def adaptive_weight(
 
     `nll` and `adversarial` are the batch's mean reconstruction and adversarial losses, scalars with a graph;
     `last_layer` is `VAE.last_layer`. `average` is the mean over workers of a gradient, so that the factor belongs to
-    the global batch and not to how it is split. The result is a scalar without gradient, at most 1e4
-    (arXiv 2012.09841, eq. 7).
+    what all workers see in one pass, and not to how it is split over them. The result is a scalar without gradient,
+    at most 1e4 (arXiv 2012.09841, eq. 7).
     """
     nll_gradient = average(torch.autograd.grad(nll, last_layer, retain_graph=True)[0].float())
     adversarial_gradient = average(torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].float())

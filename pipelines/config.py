@@ -86,11 +86,11 @@ class TextWeightsConfig:
     preset: str = "sdxl"
     """Name of the preset in model/config.py."""
     clip_l: str | None = None
-    """CLIP ViT-L: a transformers folder or hub name; None, with bigg also None, draws random weights."""
+    """CLIP ViT-L: a transformers folder or hub name."""
     bigg: str | None = None
     """OpenCLIP ViT-bigG: an open_clip safetensors file, a transformers folder, or a name."""
-    seed: Amount = 0
-    """Seed of random weights."""
+    seed: Amount | None = None
+    """Seed of random weights, in place of both names: for models that are trained with no other text encoders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,8 +303,8 @@ class GenerateConfig:
     """The text encoders."""
     prompts: PromptsConfig
     """What to make."""
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    """The noise schedule that the networks were trained with."""
+    diffusion: DiffusionConfig | None = None
+    """The noise schedule; None takes the one that the base's file says it was trained with, or else the published."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Steps, guidance and hand-over."""
     batch: Count = 8

@@ -28,6 +28,8 @@ DECODE_ERRORS = (
 )
 TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 ORIENTATION_TAG = 0x0112
+UNREADABLE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)
+"""A file that is not to be had. Any other error of a read is the storage's, and says nothing of the image."""
 
 
 def content_id(data: bytes) -> str:

@@ -15,6 +15,8 @@ from model.config import (
     TEXT_PRESETS,
     UNET_PRESETS,
     VAE_PRESETS,
+    DiffusionConfig,
+    PredictionType,
     TextConfig,
     UNetConfig,
     VAEConfig,
@@ -24,7 +26,7 @@ from model.unet import UNet
 from model.vae import VAE
 from model.vae_loss import PatchDiscriminator
 from model.weights import fingerprint as weights_fingerprint
-from model.weights import is_own, load_unet, load_vae
+from model.weights import is_own, load_unet, load_vae, read_extra
 from pipelines.config import TextWeightsConfig, WeightsConfig
 from pipelines.storage import Storage, StorageOptions
 
@@ -56,9 +58,21 @@ def vae(config: WeightsConfig, options: StorageOptions) -> VAE:
 def text_encoders(config: TextWeightsConfig) -> TextEncoders:
     """Both text encoders, frozen."""
     preset = TEXT_PRESETS[config.preset]
-    if config.clip_l is None or config.bigg is None:
+    if config.seed is not None:
         return random_text_encoders(preset, config.seed)
+    if config.clip_l is None or config.bigg is None:
+        raise ValueError("text: name both clip_l and bigg, or give a seed for random weights")
     return load_text_encoders(preset, config.clip_l, config.bigg)
+
+
+def trained_diffusion(config: WeightsConfig, options: StorageOptions) -> DiffusionConfig:
+    """The noise schedule that a U-Net's file says it was trained with; the published one where it says nothing."""
+    assert config.path is not None
+    with local_file(config.path, options) as path:
+        if not is_own(path):
+            return DiffusionConfig()
+        values = read_extra(path)
+    return DiffusionConfig(**values | {"prediction_type": PredictionType(values["prediction_type"])})
 
 
 def discriminator(preset: str, seed: int) -> PatchDiscriminator:
@@ -98,7 +112,7 @@ def text_config(config: TextWeightsConfig) -> TextConfig:
 def local_file(path: str, options: StorageOptions) -> Iterator[str]:
     """A weights file on this machine: the file itself, a run's exported weights, or a copy of an s3:// file."""
     folder, _, name = path.rstrip("/").rpartition("/")
-    if not name.endswith((".safetensors", ".ckpt", ".pt", ".bin")):
+    if not name.endswith(".safetensors"):
         folder, name = path.rstrip("/"), WEIGHTS_FILE
     storage = Storage(folder or ".", options)
     if not storage.exists(name):

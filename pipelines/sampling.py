@@ -70,7 +70,8 @@ def generate(
 
 def refine(refiner: Denoise, latents: Tensor, noise: Tensor, diffusion: Diffusion, config: GuidanceConfig) -> Tensor:
     """SDEdit (arXiv 2108.01073) below the hand-over: noise finished latents [B,4,h,w] to its level, then denoise."""
-    timesteps = [t for t in timesteps_trailing(config.steps, diffusion.config.num_timesteps) if t < config.handover]
+    share = config.handover / diffusion.config.num_timesteps
+    timesteps = timesteps_trailing(max(1, round(config.steps * share)), config.handover)
     x = latents + float(diffusion.sigmas[timesteps[0]]) * noise
     return sample(refiner, x, diffusion, timesteps)
 

@@ -1,7 +1,7 @@
 """Runs on the MLflow page. MLflow enters the project here only.
 
-One run is one stage's work on one output. The driver opens it, by the id that the output folder remembers, and one
-process at a time logs to it: the driver, or worker 0 of training.
+One run is one call of a preprocessing or generation stage, or all of a training run, whose output folder remembers
+the id. The driver opens it, and one process at a time logs to it: the driver, or worker 0 of training.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pipelines.config import EXPERIMENTS, TrackingConfig, flat
 from pipelines.schema import Manifest
 
 CLOCK = "images_seen"  # the metric that says how far a curve goes
+PARAMS_PER_CALL = 100  # the server's limit
 LOCAL_DATABASE, LOCAL_ARTIFACTS = "mlflow.db", "mlartifacts"
 
 
@@ -55,6 +56,8 @@ def open_run(
 
     A new run gets the configuration as parameters and as the artifact config.json, and its input datasets.
     """
+    from mlflow.entities import Param
+
     client = _client(uri)
     if run_id is not None:
         client.update_run(run_id, status="RUNNING")
@@ -68,8 +71,9 @@ def open_run(
         else client.create_experiment(EXPERIMENTS[stage], artifact_location=artifacts and f"{artifacts}/{stage}")
     )
     run = client.create_run(experiment_id, run_name=name, tags={"stage": stage})
-    for key, value in flat(config).items():
-        client.log_param(run.info.run_id, key, value)
+    params = [Param(key, str(value)) for key, value in flat(config).items()]
+    for start in range(0, len(params), PARAMS_PER_CALL):
+        client.log_batch(run.info.run_id, params=params[start : start + PARAMS_PER_CALL])
     log_json(uri, run.info.run_id, "config.json", config)
     _log_inputs(client, run.info.run_id, inputs)
     return run.info.run_id
@@ -121,7 +125,7 @@ class Tracker:
         self._uri, self._run_id = uri, run_id
         self._client = _client(uri)
         points = self._client.get_metric_history(run_id, CLOCK)
-        self._last = max((point.step for point in points), default=-1)
+        self._last = self._resumed = max((point.step for point in points), default=-1)
 
     def log(self, images_seen: int, numbers: Mapping[str, float]) -> None:
         """One point of each curve. Points that an earlier attempt has logged already are left as they are."""
@@ -135,7 +139,9 @@ class Tracker:
         self._last = images_seen
 
     def image(self, images_seen: int, key: str, pixels: np.ndarray) -> None:
-        """A picture, uint8 [H, W, 3], that the page shows by step."""
+        """A picture, uint8 [H, W, 3], that the page shows by step; an earlier attempt's stays as it is."""
+        if images_seen <= self._resumed:
+            return
         self._client.log_image(self._run_id, Image.fromarray(pixels), key=key, step=images_seen, synchronous=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -79,6 +79,7 @@ def read_prompts(config: PromptsConfig, options: StorageOptions) -> list[Prompt]
 def generate_pictures(config: GenerateConfig, output: Storage) -> dict[str, Any]:
     """Make every picture that is not there yet; gives the manifest, which is also written, with a contact sheet."""
     output.remove_incomplete()
+    config = _with_diffusion(config, output.options)
     prompts = read_prompts(config.prompts, output.options)
     made_by = _fingerprint(config, output.options)
     there = {file.name for file in output.list("pictures")}
@@ -131,6 +132,7 @@ class Generator:
         self.refiner = networks.unet(config.refiner, options).to(self.device, dtype).eval() if config.refiner else None
         self.vae = networks.vae(config.vae, options).to(self.device).eval()
         self.text = networks.text_encoders(config.text).to(self.device)
+        assert config.diffusion is not None  # resolved by generate_pictures
         self.diffusion = Diffusion(config.diffusion, self.device)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -192,18 +194,25 @@ def _batches(prompts: Sequence[Prompt], names: dict[int, str], size: int) -> lis
     ]
 
 
+def _with_diffusion(config: GenerateConfig, options: StorageOptions) -> GenerateConfig:
+    """The config with the noise schedule that the networks were trained with. ValueError where they differ in it."""
+    if config.diffusion is not None:
+        return config
+    base = networks.trained_diffusion(config.base, options)
+    if config.refiner is not None and (refiner := networks.trained_diffusion(config.refiner, options)) != base:
+        raise ValueError(f"the base was trained with {base}, and the refiner with {refiner}; set diffusion to choose")
+    return replace(config, diffusion=base)
+
+
 def _fingerprint(config: GenerateConfig, options: StorageOptions) -> dict[str, Any]:
     """All that a picture depends on besides its prompt."""
     weights = networks.fingerprint(config.vae, config.text, options)
     weights["base"] = networks.unet_fingerprint(config.base, options)
     if config.refiner:
         weights["refiner"] = networks.unet_fingerprint(config.refiner, options)
-    return {
-        **weights,
-        "diffusion": asdict(config.diffusion),
-        "guidance": asdict(config.guidance),
-        "dtype": config.dtype,
-    }
+    assert config.diffusion is not None
+    settings = {"diffusion": asdict(config.diffusion), "guidance": asdict(config.guidance), "dtype": config.dtype}
+    return weights | settings
 
 
 def _sheet(prompts: Sequence[Prompt], names: dict[int, str], output: Storage) -> bytes:

@@ -14,7 +14,7 @@ from model.config import CONTEXT_LENGTH
 from model.text import tokenize
 from pipelines import networks
 from pipelines.config import CropConfig, EncodeConfig, Size, TextWeightsConfig, WeightsConfig
-from pipelines.images import DECODE_ERRORS, content_id, crop_pixels, decode, draw_crop
+from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, crop_pixels, decode, draw_crop
 from pipelines.preprocess.measure import map_rows
 from pipelines.preprocess.write import FAILURE
 from pipelines.schema import PAIR, Column, latents_schema, tensor_column
@@ -39,8 +39,11 @@ def crop_images(rows: pa.Table, source: Storage, crop: CropConfig, max_pixels: i
     def row(values: dict[str, Any]) -> dict[str, Any]:
         try:
             data = source.read(values[Column.PATH])
-            if content_id(data) != values[Column.ID]:
-                raise ValueError("the file has changed since it was indexed")
+        except UNREADABLE_ERRORS as error:
+            return values | {FAILURE: f"{type(error).__name__}: {error}"}
+        if content_id(data) != values[Column.ID]:
+            return values | {FAILURE: "the file has changed since it was indexed"}
+        try:
             image = decode(data, max_pixels)
         except DECODE_ERRORS as error:
             return values | {FAILURE: f"{type(error).__name__}: {error}"}

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.config import FilterConfig, Size
-from pipelines.images import DECODE_ERRORS, content_id, decode, header_size
+from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, decode, header_size
 from pipelines.schema import INDEX_SCHEMA, Column, Reject
 from pipelines.storage import Storage
 
@@ -23,7 +23,7 @@ def measure(inputs: pa.Table, source: Storage, filters: FilterConfig) -> pa.Tabl
         index = {name: values.get(name) for name in INDEX_SCHEMA.names}
         try:
             data = source.read(values[Column.PATH])
-        except OSError as error:
+        except UNREADABLE_ERRORS as error:  # any other is the storage's: the job ends, and nothing is recorded
             return index | _reject(Reject.UNREADABLE, error)
         index[Column.ID] = content_id(data)
         try:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.config import Conditioning
 from pipelines.config import CropConfig, Size
-from pipelines.images import crop_pixels, decode, draw_crop
+from pipelines.images import content_id, crop_pixels, decode, draw_crop
 from pipelines.schema import Column, DataFile, Manifest, data_files, kept_rows, pair_array, tensor_array
 from pipelines.storage import Storage
 from pipelines.train.plan import Plan
@@ -155,15 +155,6 @@ class LatentReader:
             conditions={name: whole[name] for name in Conditioning},
         )
 
-    def captions(self, count: int) -> list[str]:
-        """Captions of the dataset's first rows."""
-        found: list[str] = []
-        for file in self.files:
-            if len(found) >= count:
-                break
-            found += self._dataset.read_table(file.name, [Column.CAPTION]).column(0).to_pylist()
-        return found[:count]
-
     def _file(self, number: int) -> dict[str, np.ndarray]:
         if number in self._cache:
             self._cache.move_to_end(number)
@@ -216,8 +207,11 @@ class ImageReader:
     def _read_crop(self, row: Sequence[int], bucket: Size, number: int) -> np.ndarray:
         image_id, path = self._images[row[0]][row[1]]
         try:
-            image = decode(self._source.read(path), self._max_pixels)
+            data = self._source.read(path)
+            if content_id(data) != image_id:
+                raise ValueError("its bytes have changed")
+            image = decode(data, self._max_pixels)
         except Exception as error:
-            raise RuntimeError(f"{path}: the index keeps it, and it cannot be read now: {error}") from error
+            raise RuntimeError(f"{path}: the index keeps it, and it cannot be used now: {error}") from error
         top_left, flip = draw_crop((image.height, image.width), bucket, self._crop, f"{image_id}:{number}")
         return np.ascontiguousarray(crop_pixels(image, bucket, top_left, flip))

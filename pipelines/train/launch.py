@@ -34,7 +34,7 @@ from pipelines.train.loop import Training, train_on_worker
 RUN = "run.json"  # what a run is: its stage, settings, pinned dataset and MLflow run; finished_images when it is done
 CHECKPOINTS = "checkpoints"
 FREE_SETTINGS = ("schedule.", "tracking.", "storage.", "ray.", "workers.max_failures", "workers.cpus")
-FREE_PATHS = ("output", ".path", ".latents", ".index", ".clip_l", ".bigg")
+FREE_PATHS = ("output", "task.latents", "task.index", "task.source.path")
 """Settings that may change when a run is resumed: by their beginning, and places, whose content is checked instead."""
 BOARD_POLL_SECONDS = 0.5
 
@@ -79,9 +79,9 @@ def train(
         name=tracking.run_name or stage,
         config=settings,
         inputs=[Lineage(name=kind, uri=dataset.uri, manifest=manifest)],
-        run_id=before and before["run_id"],
+        run_id=before["run_id"] if before and before["tracking_uri"] == uri else None,
     )
-    run = {"stage": stage, "run_id": run_id, "pinned": manifest.digest, "settings": settings}
+    run = {"stage": stage, "tracking_uri": uri, "run_id": run_id, "pinned": manifest.digest, "settings": settings}
     output.write_json(RUN, run)
     with closing(uri, run_id):
         with _board(stage, schedule.images) as board:
@@ -115,8 +115,16 @@ def check_latents(task: DenoiserTaskConfig, manifest: Manifest, options: Storage
                 f"({manifest.fingerprint[name][:12]}, and the configured ones are {value[:12]}); "
                 "name the weights that made them, or run jobs.preprocess with these"
             )
+    unet = networks.unet_config(task.unet)
+    reduction = networks.vae_config(task.vae).downsample * unet.downsample
+    for bucket in manifest.counts:
+        if any(int(side) % reduction for side in bucket.split("x")):
+            raise ValueError(
+                f"task.latents {task.latents}: bucket {bucket} does not divide by {reduction}, the reduction of VAE "
+                f"and task.unet.preset {task.unet.preset!r}; preprocess with buckets.multiple = {reduction} or a multiple"
+            )
     missing = int(manifest.facts["without_aesthetic_score"])
-    if missing and Conditioning.AESTHETIC_SCORE in networks.unet_config(task.unet).conditioning:
+    if missing and Conditioning.AESTHETIC_SCORE in unet.conditioning:
         raise ValueError(
             f"task.latents {task.latents}: {missing} of {manifest.rows} rows have no aesthetic score, which the "
             "refiner is conditioned on; give the source a score column and run jobs.preprocess again"
@@ -151,7 +159,7 @@ def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], output: 
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(FREE_SETTINGS) and not key.endswith(FREE_PATHS)
+        if old.get(key) != new.get(key) and not key.startswith(FREE_SETTINGS) and key not in FREE_PATHS
     ]
     if changed:
         raise ValueError(

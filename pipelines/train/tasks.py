@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -117,16 +118,14 @@ class DenoiserTask:
         assert isinstance(network, UNet)
         assert isinstance(batch, LatentBatch)
         batch = to_device(batch, self._device)
-        vae = networks.vae(self._config.vae, self._options).to(self._device).eval()
+        vae = self._frozen_vae
         noise = gaussian(self._batch.seed, 0, len(batch.mean), batch.mean.shape[1:], self._device)
         text = TextFeatures(batch.context, batch.pooled)
         guidance = self._config.samples
         latents = batch.mean * self._scaling_factor
         if Conditioning.AESTHETIC_SCORE in network.config.conditioning:
-            encoders = networks.text_encoders(self._config.text)
-            tokens = tokenize([""] * len(batch.mean), encoders.config)
-            empty = encoders(tokens)
-            empty = TextFeatures(empty.context.to(self._device), empty.pooled.to(self._device))
+            one, count = self._empty_prompt, len(batch.mean)
+            empty = TextFeatures(one.context.expand(count, -1, -1), one.pooled.expand(count, -1))
             denoise = refiner_denoiser(
                 network, self._diffusion, text=text, empty=empty, conditions=batch.conditions, config=guidance
             )
@@ -134,9 +133,24 @@ class DenoiserTask:
         else:
             denoise = base_denoiser(network, self._diffusion, text, batch.conditions, guidance)
             made = generate(denoise, None, noise, self._diffusion, guidance)
-        with torch.no_grad():
-            pictures = [to_pixels(vae.decode(unscale(x, self._scaling_factor))) for x in (latents, made)]
+        with torch.no_grad():  # one picture at a time: decoding takes the most memory
+            pictures = [
+                np.concatenate([to_pixels(vae.decode(unscale(x, self._scaling_factor))) for x in row.split(1)])
+                for row in (latents, made)
+            ]
         return grid(pictures)
+
+    @cached_property
+    def _frozen_vae(self) -> VAE:
+        """The VAE that decodes samples; loaded when it is first asked for, on the worker that samples."""
+        return networks.vae(self._config.vae, self._options).to(self._device).eval()
+
+    @cached_property
+    def _empty_prompt(self) -> TextFeatures:
+        """The encoded empty prompt, [1,77,D] and [1,P]; the encoders are dropped again."""
+        encoders = networks.text_encoders(self._config.text)
+        empty = encoders(tokenize([""], encoders.config))
+        return TextFeatures(empty.context.to(self._device), empty.pooled.to(self._device))
 
     def export(self, network: nn.Module, weights: Mapping[str, Tensor], batches: Iterator[Batch], path: Path) -> None:
         """Write the U-Net."""

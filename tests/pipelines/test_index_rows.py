@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipelines.config import FilterConfig, SourceConfig
-from pipelines.images import content_id
+from pipelines.images import content_id, decode
 from pipelines.preprocess.bucket import assign_buckets
 from pipelines.preprocess.filter import apply_filters, mark_duplicates
 from pipelines.preprocess.measure import measure
@@ -76,10 +76,20 @@ def test_the_original_size_is_upright(index):
     assert [row["original_size"] for row in rows.values()] == [[40, 30], [40, 30]]
 
 
+def test_an_orientation_behind_the_pixels_of_a_png_counts(index):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, turned = png(30, 40), png(30, 40, exif=exif)
+    start = turned.index(b"eXIf") - 4
+    chunk = turned[start : start + 12 + int.from_bytes(turned[start : start + 4])]
+    assert decode(plain[:-12] + chunk + plain[-12:], 10_000).size == (30, 40)
+    assert index({"a.png": plain[:-12] + chunk + plain[-12:]})["a.png"]["original_size"] == [40, 30]
+
+
 @pytest.mark.parametrize(
     ("data", "reason", "detail"),
     [
-        (png(30, 40, kind="JPEG")[:400], Reject.UNREADABLE, "truncated"),
+        (png(30, 40, kind="JPEG")[:400], Reject.UNREADABLE, "Truncated"),
         (b"", Reject.UNREADABLE, "cannot identify"),
         (b"plain text", Reject.UNREADABLE, "cannot identify"),
         (png(101, 100), Reject.TOO_LARGE, "101 x 100"),
@@ -104,7 +114,9 @@ def test_the_limits_themselves_are_kept(index):
     assert set(reasons(index(files, min_side=8, max_aspect=3, max_pixels=10_000)).values()) == {None}
 
 
-@pytest.mark.parametrize(("caption", "kept"), [("", False), ("  \n", False), ("ab", False), (" ab ", False), ("abc", True)])
+@pytest.mark.parametrize(
+    ("caption", "kept"), [("", False), ("  \n", False), ("ab", False), (" ab ", False), ("abc", True)]
+)
 def test_a_caption_counts_without_its_white_space(index, caption, kept):
     row = index({"a.png": png(9, 9)}, captions=caption, min_caption_characters=3)["a.png"]
     assert row["reject_reason"] == (None if kept else Reject.NO_CAPTION)
@@ -163,7 +175,13 @@ def test_of_equal_images_the_smallest_path_is_kept():
 
 
 def test_the_verdict_depends_on_the_set_of_rows_alone():
-    rows = [row("x", "c"), row("x", "a"), row("x", "b", "duplicate", "old"), row("y", "d"), row(None, "e", "unreadable")]
+    rows = [
+        row("x", "c"),
+        row("x", "a"),
+        row("x", "b", "duplicate", "old"),
+        row("y", "d"),
+        row(None, "e", "unreadable"),
+    ]
     expected = verdicts(rows)
     assert all(verdicts(list(order)) == expected for order in itertools.permutations(rows))
 

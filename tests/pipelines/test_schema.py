@@ -243,7 +243,8 @@ def test_kept_rows_are_those_without_a_reason(dataset):
 
 
 @pytest.mark.parametrize(
-    "change", [{"id": "j"}, {"caption": "a dog"}, {"bucket": [64, 128]}, {"aesthetic_score": 5.6}, {"bucket": [128, 64]}]
+    "change",
+    [{"id": "j"}, {"caption": "a dog"}, {"bucket": [64, 128]}, {"aesthetic_score": 5.6}, {"bucket": [128, 64]}],
 )
 def test_a_latents_key_changes_with_what_its_row_is_made_of(dataset, change):
     (before,) = kept(dataset, index_rows({})).column("key").to_pylist()

@@ -1,0 +1,108 @@
+"""The command line as a person meets it: what is printed, what is left behind, and how it ends."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from jobs import generate, preprocess
+from jobs.cli import FAILURE, USAGE_ERROR, main
+from jobs.config import GenerateJob, PreprocessJob
+
+PREPROCESS = """
+index = "out/index"
+latents = "out/latents"
+source.path = "images"
+buckets = {table = [[16, 48], [32, 32]], multiple = 8}
+vae = {preset = "tiny", path = "out/vae"}
+text.preset = "tiny"
+"""
+GENERATE = """
+output = "out/pictures"
+[generate]
+base.preset = "tiny-base"
+vae.preset = "tiny"
+text.preset = "tiny"
+prompts = {texts = ["a cat", "a dog", "a cow"], size = [32, 48], count = 2}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("job.toml").write_text(PREPROCESS)
+    Path("pictures.toml").write_text(GENERATE)
+    Path("images").mkdir()
+    for number in range(3):
+        buffer = io.BytesIO()
+        Image.new("RGB", (20 + number, 30)).save(buffer, "PNG")
+        Path(f"images/{number}.png").write_bytes(buffer.getvalue())
+    return tmp_path
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def ended(*argv: str, kind=PreprocessJob, job=preprocess) -> int:
+    with pytest.raises(SystemExit) as ending:
+        main(kind, job.run, job.plan, argv)
+    return ending.value.code
+
+
+def test_a_dry_run_prints_the_settings_and_the_plan_and_leaves_nothing(folder, capsys):
+    before = files(folder)
+    assert ended("job.toml", "encode.batch=3", "--dry-run") == 0
+    assert files(folder) == before
+    printed, error = capsys.readouterr()
+    assert error == ""
+    settings, end = json.JSONDecoder().raw_decode(printed)
+    assert settings["encode"]["batch"] == 3
+    assert settings["source"]["path"] == str(folder / "images")
+    plan = printed[end:]
+    assert f"source: 3 images in {folder}/images" in plan
+    assert "buckets: 2, from 16 x 48 to 32 x 32 (h x w)" in plan
+    assert f"index: nothing yet, in {folder}/out/index" in plan
+    assert f"latents: nothing yet, in {folder}/out/latents" in plan
+
+
+def test_a_dry_run_of_pictures_prints_how_many_and_how_large(folder, capsys):
+    before = files(folder)
+    assert ended("pictures.toml", "--dry-run", kind=GenerateJob, job=generate) == 0
+    assert files(folder) == before
+    assert "prompts: 2, 2 of 32 x 48" in capsys.readouterr().out
+
+
+def test_a_mistake_in_the_settings_starts_nothing_and_ends_with_two(folder, capsys):
+    assert ended("job.toml", "encode.bach=3") == USAGE_ERROR == 2
+    printed, error = capsys.readouterr()
+    assert printed == ""
+    assert error.startswith("error: job.toml: wrong settings:")
+    assert "encode.bach: there is no such setting; did you mean batch?" in error
+
+
+@pytest.mark.parametrize("argv", [["nothing.toml"], [], ["job.toml", "--no-such-flag"], ["job.toml", "batch"]])
+def test_a_mistake_on_the_command_line_ends_with_two(folder, capsys, argv):
+    assert ended(*argv) == USAGE_ERROR
+    assert capsys.readouterr().out == ""
+
+
+def test_what_fails_on_its_way_is_told_in_words_and_ends_with_one(folder, capsys):
+    for image in Path("images").iterdir():
+        image.unlink()
+    assert ended("job.toml", "--dry-run") == FAILURE == 1
+    assert capsys.readouterr().err.startswith(f"error: source.path {folder}/images: no image")
+
+
+def test_flags_and_settings_may_come_in_any_order(folder):
+    assert ended("--dry-run", "job.toml", "encode.batch=3") == 0
+    assert ended("job.toml", "--dry-run", "encode.batch=3") == 0
+
+
+def test_help_names_the_job_and_its_arguments(folder, capsys):
+    assert ended("--help") == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: python -m jobs.preprocess")
+    assert all(word in text for word in ("CONFIG.toml", "key=value", "--dry-run"))

@@ -1,0 +1,472 @@
+"""What the settings of a job may be: every mistake that can be seen before anything starts is an error in words."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import SUBMITTED, JobError, load
+from jobs.config import DemoJob, GenerateJob, PreprocessJob, TrainBaseJob, TrainRefinerJob, TrainVAEJob
+
+JOBS = {
+    PreprocessJob: """
+        index = "out/index"
+        latents = "out/latents"
+        source.path = "images"
+        buckets.table = [[16, 48], [32, 32]]
+        buckets.multiple = 8
+        vae = {preset = "tiny", path = "out/vae"}
+        text.preset = "tiny"
+    """,
+    TrainVAEJob: """
+        output = "out/vae"
+        task = {index = "out/index", discriminator = "tiny", vae.preset = "tiny", source.path = "images"}
+        batch = {global_size = 16, micro_size = 4}
+        schedule = {images = 160, checkpoint_images = 80}
+        workers.count = 2
+    """,
+    TrainBaseJob: """
+        output = "out/base"
+        task = {latents = "out/latents", unet.preset = "tiny-base", text.preset = "tiny"}
+        task.vae = {preset = "tiny", path = "out/vae"}
+        batch = {global_size = 16, micro_size = 4}
+        schedule = {images = 160, checkpoint_images = 80}
+        workers.count = 2
+    """,
+    TrainRefinerJob: """
+        output = "out/refiner"
+        task = {latents = "out/latents", unet.preset = "tiny-refiner", text.preset = "tiny"}
+        task.vae = {preset = "tiny", path = "out/vae"}
+        task.loss.timesteps = [0, 200]
+        batch = {global_size = 16, micro_size = 4}
+        schedule = {images = 160, checkpoint_images = 80}
+    """,
+    GenerateJob: """
+        output = "out/pictures"
+        generate.base = {preset = "tiny-base", path = "out/base"}
+        generate.refiner = {preset = "tiny-refiner", path = "out/refiner"}
+        generate.vae.preset = "tiny"
+        generate.text.preset = "tiny"
+        generate.prompts = {texts = ["a cat"], size = [32, 48]}
+    """,
+    DemoJob: "images = 8",
+}
+LINE = "\n"
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """A valid job of a kind, with overrides, loaded from a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(kind: type, *overrides: str, text: str | None = None):
+        Path("job.toml").write_text(toml(kind) if text is None else text)
+        return load(kind, "job.toml", overrides)
+
+    return make
+
+
+def toml(kind: type) -> str:
+    """The settings as TOML: inline tables of one line each may not be reopened, so they become dotted keys."""
+    lines = []
+    for line in filter(None, map(str.strip, JOBS[kind].splitlines())):
+        key, _, value = line.partition(" = ")
+        if value.startswith("{"):
+            depth, part, parts = 0, "", []
+            for character in value[1:-1]:
+                depth += (character in "[{") - (character in "]}")
+                if character == "," and not depth:
+                    parts.append(part)
+                    part = ""
+                else:
+                    part += character
+            lines += [f"{key}.{entry.strip()}" for entry in [*parts, part]]
+        else:
+            lines.append(line)
+    return LINE.join(lines)
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_each_job_of_these_tests_is_valid(make, kind):
+    assert isinstance(make(kind), kind)
+
+
+def wrong(make, kind: type, *overrides: str) -> str:
+    with pytest.raises(JobError) as error:
+        make(kind, *overrides)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "key", "near"),
+    [
+        (TrainBaseJob, "shedule.images=5", "shedule", "schedule"),
+        (TrainBaseJob, "optimizer.learning_rate=1", "optimizer.learning_rate", None),
+        (TrainBaseJob, "optimizer.weightdecay=1", "optimizer.weightdecay", "weight_decay"),
+        (TrainBaseJob, "task.unet.pre_set=base", "task.unet.pre_set", "preset"),
+        (TrainBaseJob, "task.diffusion.num_timestep=5", "task.diffusion.num_timestep", "num_timesteps"),
+        (TrainBaseJob, "task.loss.text_drop_out=0", "task.loss.text_drop_out", "text_dropout"),
+        (TrainBaseJob, "storage.s3_endpont='x'", "storage.s3_endpont", "s3_endpoint"),
+        (PreprocessJob, "encode.resources.worker=[1,2]", "encode.resources.worker", "workers"),
+        (PreprocessJob, "crop.flip_change=0.5", "crop.flip_change", "flip_chance"),
+        (TrainVAEJob, "task.source.pat='x'", "task.source.pat", "path"),
+        (GenerateJob, "generate.prompts.text=['x']", "generate.prompts.text", "texts"),
+        (GenerateJob, "generate.guidance.hand_over=3", "generate.guidance.hand_over", "handover"),
+        (DemoJob, "ray.adress='auto'", "ray.adress", "address"),
+    ],
+)
+def test_a_mistyped_key_at_any_depth_is_named_and_the_near_one_suggested(make, kind, override, key, near):
+    message = wrong(make, kind, override)
+    assert f"{key}: there is no such setting" in message
+    assert near is None or f"did you mean {near}?" in message
+
+
+def test_a_key_in_the_file_is_checked_as_an_override_is(make):
+    with pytest.raises(JobError, match=r"imagess: there is no such setting; did you mean images\?"):
+        make(DemoJob, text="imagess = 5")
+
+
+def test_all_mistakes_are_told_at_once(make):
+    message = wrong(make, TrainBaseJob, "optimizer.lr=0", "batch.micro=3", "workers.dtype=float16")
+    assert [key in message for key in ("optimizer.lr:", "batch.micro:", "workers.dtype:")] == [True] * 3
+
+
+@pytest.mark.parametrize("key", ["output", "schedule.images", "batch.global_size", "task.latents", "task.unet.preset"])
+def test_a_missing_setting_is_named(make, key):
+    text = LINE.join(line for line in toml(TrainBaseJob).splitlines() if not line.startswith(f"{key} "))
+    with pytest.raises(JobError, match=rf"(?m)^\s*{key.replace('.', '[.]')}: is missing|{key.split('.')[0]}.*missing"):
+        make(TrainBaseJob, text=text)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optimizer.lr=3e-5", 3e-5),
+        ("optimizer.lr=1", 1.0),
+        ("optimizer.betas=[0.5, 0.75]", (0.5, 0.75)),
+        ("workers.gpu=true", True),
+        ("workers.dtype=bfloat16", "bfloat16"),
+        ('workers.dtype="bfloat16"', "bfloat16"),
+        ("schedule.images=1_000", 1000),
+        ("tracking.run_name=", ""),
+        ("tracking.run_name=two words, and = signs", "two words, and = signs"),
+        ("tracking.uri=http://host:5000/a?b=c", "http://host:5000/a?b=c"),
+        ("task.unet.path=/data/lr=1e-4/weights.safetensors", "/data/lr=1e-4/weights.safetensors"),
+        ("task.unet.path=s3://bucket/a=b", "s3://bucket/a=b"),
+        ("ray.address=null", "null"),
+    ],
+)
+def test_an_override_is_toml_or_else_the_word_itself(make, override, value):
+    job = make(TrainBaseJob, override)
+    for name in override.partition("=")[0].split("."):
+        job = getattr(job, name)
+    assert job == value
+    assert type(job) is type(value)
+
+
+def test_an_override_replaces_the_files_value_and_the_last_one_counts(make):
+    assert make(TrainBaseJob).batch.micro_size == 4
+    assert make(TrainBaseJob, "batch.micro_size=2", "batch.micro_size=8").batch.micro_size == 8
+
+
+def test_an_override_may_name_what_the_file_leaves_out(make):
+    assert make(TrainBaseJob, "task.samples.steps=3").task.samples.steps == 3
+
+
+def test_an_override_may_be_a_table(make):
+    job = make(TrainBaseJob, 'task.vae={preset="tiny", path="/v", seed=3}')
+    assert (job.task.vae.path, job.task.vae.seed) == ("/v", 3)
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr", "=3", "", "--lr=3"])
+def test_an_override_that_is_none_is_quoted(make, override):
+    assert override in wrong(make, TrainBaseJob, override)
+
+
+def test_a_setting_is_no_table(make):
+    assert "output.x: output is not a table" in wrong(make, TrainBaseJob, "output.x=1")
+
+
+def test_a_batch_that_does_not_divide_names_both_keys(make):
+    message = wrong(make, TrainBaseJob, "batch.global_size=12")
+    assert "batch.global_size" in message
+    assert "batch.micro_size x workers.count = 4 x 2" in message
+    assert make(TrainBaseJob, "batch.global_size=24").batch.global_size == 24
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["buckets.table=[[16, 48], [32, 36]]"], "side 36 of 32 x 36 is not a multiple of 8"),
+        (["buckets.table=square", "buckets.resolution=36"], "side 36 of 36 x 36"),
+        (["buckets.table=sdxl", "buckets.resolution=512", "buckets.multiple=64"], "not a multiple of 64"),
+        (["buckets.table=sdxl", "buckets.resolution=1000"], "1000 does not scale"),
+        (["buckets.multiple=6"], "buckets.multiple: 6 is not a multiple of vae.preset's reduction, 4"),
+    ],
+)
+def test_an_impossible_bucket_is_refused(make, overrides, words):
+    assert words in wrong(make, PreprocessJob, *overrides)
+
+
+def test_the_papers_table_is_allowed_as_it_is(make):
+    assert make(PreprocessJob, "buckets.table=sdxl", "buckets.resolution=1024", "buckets.multiple=64")
+    assert make(PreprocessJob, "buckets.table=sdxl", "buckets.resolution=512", "buckets.multiple=32")
+
+
+def test_a_bucket_table_without_a_bucket_is_refused(make):
+    assert "buckets.table" in wrong(make, PreprocessJob, "buckets.table=[]")
+
+
+@pytest.mark.parametrize("table", ["sdlx", "[[32]]", "[[0, 8]]"])
+def test_a_mistake_in_a_choice_is_told_by_the_settings_name_alone(make, table):
+    message = wrong(make, PreprocessJob, f"buckets.table={table}")
+    assert "buckets.table" in message
+    assert "constrained-int" not in message
+    assert "literal[" not in message
+
+
+@pytest.mark.parametrize("timesteps", ["[0, 1001]", "[-1, 200]", "[200, 200]", "[300, 200]"])
+@pytest.mark.parametrize("kind", [TrainBaseJob, TrainRefinerJob])
+def test_timesteps_outside_the_schedule_are_refused(make, kind, timesteps):
+    assert "task.loss.timesteps" in wrong(make, kind, f"task.loss.timesteps={timesteps}")
+
+
+def test_a_shorter_schedule_bounds_the_timesteps(make):
+    assert make(TrainRefinerJob, "task.diffusion.num_timesteps=200").task.loss.timesteps == (0, 200)
+    assert "schedule's 100" in wrong(make, TrainRefinerJob, "task.diffusion.num_timesteps=100")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "one"),
+    [
+        (PreprocessJob, "vae.preset", "sdxl"),
+        (PreprocessJob, "text.preset", "sdxl"),
+        (TrainVAEJob, "task.vae.preset", "tiny"),
+        (TrainVAEJob, "task.discriminator", "tiny"),
+        (TrainBaseJob, "task.unet.preset", "tiny-base"),
+        (TrainBaseJob, "task.vae.preset", "sdxl"),
+        (TrainRefinerJob, "task.text.preset", "sdxl"),
+        (GenerateJob, "generate.base.preset", "refiner"),
+        (GenerateJob, "generate.refiner.preset", "refiner"),
+        (GenerateJob, "generate.vae.preset", "sdxl"),
+    ],
+)
+def test_a_preset_that_is_not_there_lists_those_that_are(make, kind, key, one):
+    message = wrong(make, kind, f"{key}=sdxxl")
+    assert f"{key}: there is no preset 'sdxxl'; there are " in message
+    assert one in message.partition("there are")[2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        (TrainBaseJob, "batch.global_size"),
+        (TrainBaseJob, "batch.micro_size"),
+        (TrainBaseJob, "batch.shuffle_rows"),
+        (TrainBaseJob, "workers.count"),
+        (TrainBaseJob, "schedule.images"),
+        (TrainBaseJob, "schedule.checkpoint_images"),
+        (TrainBaseJob, "schedule.keep_checkpoints"),
+        (TrainBaseJob, "optimizer.lr"),
+        (TrainBaseJob, "ema.halflife_images"),
+        (TrainBaseJob, "task.samples.steps"),
+        (TrainBaseJob, "task.diffusion.num_timesteps"),
+        (TrainBaseJob, "storage.s3_attempts"),
+        (TrainBaseJob, "storage.s3_timeout_seconds"),
+        (PreprocessJob, "encode.batch"),
+        (PreprocessJob, "encode.rows_per_file"),
+        (PreprocessJob, "index_rows_per_file"),
+        (PreprocessJob, "filters.min_side"),
+        (PreprocessJob, "filters.max_pixels"),
+        (PreprocessJob, "buckets.resolution"),
+        (GenerateJob, "generate.batch"),
+        (GenerateJob, "generate.prompts.count"),
+        (DemoJob, "images"),
+        (DemoJob, "ray.cpus"),
+    ],
+)
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_count_is_at_least_one(make, kind, key, value):
+    assert key in wrong(make, kind, f"{key}={value}")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "crop.flip_chance=1.5",
+        "crop.flip_chance=-0.1",
+        "crop.flip_chance=nan",
+        "crop.seed=-1",
+        "encode.resources.workers=[3, 2]",
+        "encode.resources.gpus=-1",
+        'stages=["images"]',
+        "stages=[]",
+        "filters.max_aspect=0.5",
+    ],
+)
+def test_preprocessing_is_refused_with(make, setting):
+    assert setting.partition("=")[0] in wrong(make, PreprocessJob, setting)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "batch.seed=-1",
+        "optimizer.betas=[0.9]",
+        "optimizer.betas=[0.9, 1.0]",
+        "optimizer.betas=[-0.1, 0.9]",
+        "optimizer.lr=nan",
+        "optimizer.lr=inf",
+        "optimizer.weight_decay=-1",
+        "optimizer.clip_norm=-1",
+        "ema.rampup=0",
+        "task.loss.text_dropout=1.5",
+        "task.loss.size_dropout=-0.5",
+        "task.loss.offset_noise=-1",
+        "task.diffusion.prediction_type=velocity",
+        "workers.zero_stage=3",
+        "workers.dtype=float16",
+        "workers.count=two",
+        "workers.count=true",
+    ],
+)
+def test_training_is_refused_with(make, setting):
+    assert setting.partition("=")[0] in wrong(make, TrainBaseJob, setting)
+
+
+def test_latents_need_a_folder_and_a_trained_vae_and_the_index_needs_neither(make):
+    text = LINE.join(line for line in toml(PreprocessJob).splitlines() if not line.startswith("latents"))
+    with pytest.raises(JobError, match="latents: the latents stage needs a folder"):
+        make(PreprocessJob, text=text)
+    text = LINE.join(line for line in text.splitlines() if not line.startswith("vae.path"))
+    assert make(PreprocessJob, 'stages=["index"]', text=text).stages == ("index",)
+    with pytest.raises(JobError, match=r"vae.path: the latents stage needs"):
+        make(PreprocessJob, "latents=/l", text=text)
+
+
+def test_a_denoiser_names_the_vae_that_made_its_latents(make):
+    text = LINE.join(line for line in toml(TrainBaseJob).splitlines() if not line.startswith("task.vae.path"))
+    with pytest.raises(JobError, match=r"task.vae.path: name the VAE"):
+        make(TrainBaseJob, text=text)
+
+
+def test_the_base_is_no_refiner_and_the_refiner_no_base(make):
+    assert "'tiny-refiner' is not conditioned on target_size" in wrong(
+        make, TrainBaseJob, "task.unet.preset=tiny-refiner"
+    )
+    message = wrong(make, TrainRefinerJob, "task.unet.preset=tiny-base")
+    assert "'tiny-base' is not conditioned on aesthetic_score" in message
+
+
+def test_pictures_are_begun_by_a_base_and_refined_by_a_refiner(make):
+    message = wrong(make, GenerateJob, "generate.base.preset=tiny-refiner")
+    assert "generate.base.preset" in message
+    message = wrong(make, GenerateJob, "generate.refiner.preset=tiny-base")
+    assert "generate.refiner.preset" in message
+
+
+@pytest.mark.parametrize("kind", [TrainBaseJob, TrainRefinerJob, GenerateJob])
+def test_text_of_another_width_is_refused(make, kind):
+    key = "generate.text.preset" if kind is GenerateJob else "task.text.preset"
+    assert "give 2048, pooled 1280" in wrong(make, kind, f"{key}=sdxl")
+
+
+@pytest.mark.parametrize("count", [0, 2, 3])
+def test_prompts_come_from_exactly_one_place(make, count):
+    places = ['texts=["a"]', "file=/prompts.txt", "index=/index"][:count]
+    settings = [f"generate.prompts.{place}" for place in places] or ["generate.prompts.texts=[]"]
+    assert "exactly one of texts, file and index" in wrong(make, GenerateJob, *settings)
+
+
+@pytest.mark.parametrize("size", ["[36, 48]", "[32, 44]"])
+def test_pictures_have_sides_that_the_networks_can_halve(make, size):
+    assert "not a multiple of 8" in wrong(make, GenerateJob, f"generate.prompts.size={size}")
+
+
+def test_the_base_keeps_a_timestep(make):
+    assert "leaves no timestep to the base" in wrong(make, GenerateJob, "generate.guidance.handover=1000")
+
+
+def test_a_refiners_samples_need_a_timestep_below_the_hand_over(make):
+    """The refiner's grids are made by refining from below the hand-over; with none there is nothing to sample."""
+    message = wrong(make, TrainRefinerJob, "schedule.sample_images=80", "task.samples.handover=0")
+    assert "task.samples.handover" in message
+
+
+def test_local_paths_become_absolute(make, tmp_path):
+    job = make(PreprocessJob)
+    assert (job.index, job.latents) == (f"{tmp_path}/out/index", f"{tmp_path}/out/latents")
+    assert (job.source.path, job.vae.path) == (f"{tmp_path}/images", f"{tmp_path}/out/vae")
+    job = make(TrainBaseJob, "task.unet.path=../w.safetensors")
+    assert (job.output, job.task.latents) == (f"{tmp_path}/out/base", f"{tmp_path}/out/latents")
+    assert job.task.unet.path == f"{tmp_path.parent}/w.safetensors"
+    job = make(GenerateJob, "generate.prompts.texts=[]", "generate.prompts.file=prompts.txt")
+    assert job.generate.prompts.file == f"{tmp_path}/prompts.txt"
+
+
+def test_what_is_no_local_path_stays(make, tmp_path):
+    job = make(PreprocessJob, "index=s3://bucket/index", "source.path=/data/images", "source.caption_column=path")
+    assert (job.index, job.source.path, job.source.caption_column) == ("s3://bucket/index", "/data/images", "path")
+    hub = "openai/clip-vit-large-patch14"
+    assert make(TrainBaseJob, f"task.text.clip_l={hub}").task.text.clip_l == hub
+    (tmp_path / hub).mkdir(parents=True)
+    assert make(TrainBaseJob, f"task.text.clip_l={hub}").task.text.clip_l == f"{tmp_path}/{hub}"
+
+
+def test_an_output_that_is_left_to_its_default_is_absolute_too(make, tmp_path):
+    assert make(DemoJob).output == f"{tmp_path}/demo-output"
+
+
+def test_a_file_that_is_not_there_or_not_toml_is_an_error(make, tmp_path):
+    with pytest.raises(JobError, match="cannot be read: No such file"):
+        load(DemoJob, str(tmp_path / "nothing.toml"), [])
+    with pytest.raises(JobError, match=r"not TOML: .*line 1"):
+        make(DemoJob, text="images: 5")
+
+
+@pytest.fixture
+def submitted(make, monkeypatch):
+    """A job as its driver sees it that `ray job submit` has started."""
+    monkeypatch.setenv(SUBMITTED, "{}")
+    return make
+
+
+SERVER = "tracking.uri=http://mlflow:5000"
+
+
+def test_a_submitted_job_may_not_write_where_it_is_lost(submitted):
+    message = wrong(submitted, PreprocessJob, "latents=/data/latents", SERVER)
+    assert message.startswith("index: a submitted job runs in a temporary copy")
+    message = wrong(submitted, TrainBaseJob)
+    assert message.startswith("output, tracking.uri: ")
+
+
+def test_a_submitted_job_may_write_to_absolute_paths_and_s3(submitted):
+    assert submitted(TrainBaseJob, "output=/data/base", SERVER)
+    assert submitted(TrainBaseJob, "output=s3://bucket/base", "tracking.uri=sqlite:////data/mlflow.db")
+    assert submitted(PreprocessJob, "index=s3://b/i", "latents=/data/l", SERVER)
+
+
+def test_a_submitted_jobs_default_output_is_lost_as_well(submitted):
+    assert "output" in wrong(submitted, DemoJob, SERVER)
+    assert submitted(DemoJob, "output=/data/demo", SERVER)
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "mlruns", "./mlruns"])
+def test_a_submitted_jobs_tracking_may_not_be_a_relative_file(submitted, uri):
+    assert "tracking.uri" in wrong(submitted, TrainBaseJob, "output=/data/base", f"tracking.uri={uri}")
+
+
+@pytest.mark.parametrize("override", ["tracking=3", "output=3"])
+def test_a_submitted_job_with_values_of_the_wrong_kind_is_an_error_in_words(submitted, override):
+    assert override.partition("=")[0] in wrong(submitted, TrainBaseJob, override)
+
+
+def test_the_environment_of_a_job_that_was_not_submitted_does_not_matter(make, monkeypatch):
+    monkeypatch.delenv(SUBMITTED, raising=False)
+    assert make(TrainBaseJob)
+
+
+def test_the_resolved_settings_load_to_the_same_job(make):
+    for kind in JOBS:
+        job = make(kind)
+        assert kind.model_validate(job.model_dump(mode="json")) == job

@@ -1,0 +1,246 @@
+import io
+import math
+import threading
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from model.config import Conditioning
+from pipelines.config import BatchConfig, CropConfig
+from pipelines.images import content_id, crop_pixels, draw_crop
+from pipelines.preprocess.write import write_rows
+from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, DataFile, latents_schema, tensor_column, write_manifest
+from pipelines.storage import Storage
+from pipelines.train import batches
+from pipelines.train.batches import ImageReader, LatentReader, Slices
+from pipelines.train.plan import Plan
+
+CONTEXT, POOLED = (3, 5), (6,)
+BUCKETS = {(16, 24): [4, 3], (24, 16): [5]}  # rows of each file
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return Storage(str(tmp_path / "dataset"))
+
+
+def values(number: int, bucket: tuple[int, int]) -> dict:
+    """Row `number` of the dataset: every value of it tells the number."""
+    height, width = bucket
+    latent = (4, height // 8, width // 8)
+    return {
+        "key": f"{number:04}",
+        "id": f"id{number}",
+        "caption": f"caption {number}",
+        "original_size": [100 + number, 200 + number],
+        "crop_top_left": [number, 0],
+        "target_size": list(bucket),
+        "flip": bool(number % 2),
+        "aesthetic_score": None if number == 2 else number / 2,
+        "latent_mean": np.full(latent, number + 0.25, np.float16),
+        "latent_std": np.full(latent, number + 0.5, np.float16),
+        "context": np.arange(15, dtype=np.float16).reshape(CONTEXT) + number,
+        "pooled": np.arange(6, dtype=np.float16) - number,
+    }
+
+
+def latents(dataset: Storage):
+    """A small latents dataset; gives its manifest and the number of the first row of each file."""
+    listed, firsts, number = [], {}, 0
+    for bucket, sizes in BUCKETS.items():
+        for file, count in enumerate(sizes):
+            name = f"data/x/{bucket[0]}x{bucket[1]}/{file}.parquet"
+            rows = [values(number + k, bucket) for k in range(count)]
+            schema = latents_schema(rows[0]["latent_mean"].shape, CONTEXT, POOLED)
+            columns = [
+                tensor_column(np.stack([row[field.name] for row in rows]))
+                if pa.types.is_fixed_size_binary(field.type)
+                else pa.array([row[field.name] for row in rows], field.type)
+                for field in schema
+            ]
+            write_rows(pa.Table.from_arrays(columns, schema=schema), dataset, name, "lz4")
+            listed.append(DataFile(name=name, rows=count, bucket=bucket))
+            firsts[name] = number
+            number += count
+    content = {"counts": {}, "fingerprint": {"schema": SCHEMA_VERSION}, "parents": {}}
+    return write_manifest(dataset, listed, kind="latents", **content), firsts
+
+
+@pytest.fixture
+def reader(dataset):
+    return LatentReader(dataset, latents(dataset)[0])
+
+
+def numbers(batch) -> list[int]:
+    return [int(mean) for mean in batch.mean[:, 0, 0, 0]]
+
+
+def alive() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+
+
+def test_a_batch_holds_exactly_the_rows_that_were_asked_for(dataset):
+    manifest, firsts = latents(dataset)
+    reader = LatentReader(dataset, manifest)
+    wide = [n for n, file in enumerate(reader.files) if file.bucket == (16, 24)]
+    rows = np.array([[wide[0], 1], [wide[0], 2], [wide[1], 0]])
+    batch = reader.read(rows, (16, 24), first=40)
+    expected = [values(firsts[reader.files[file].name] + row, (16, 24)) for file, row in rows.tolist()]
+    assert (batch.first, batch.bucket) == (40, (16, 24))
+    for name, tensor in (
+        ("latent_mean", batch.mean),
+        ("latent_std", batch.std),
+        ("context", batch.context),
+        ("pooled", batch.pooled),
+        *((name.value, batch.conditions[name]) for name in Conditioning if name != Conditioning.AESTHETIC_SCORE),
+    ):
+        assert tensor.dtype == torch.float32
+        assert np.array_equal(tensor.numpy(), np.stack([row[name] for row in expected]))
+
+
+def test_scores_are_one_column_and_missing_ones_are_not_a_number(reader):
+    (file,) = [n for n, file in enumerate(reader.files) if file.name.endswith("16x24/0.parquet")]
+    scores = reader.read(np.array([[file, row] for row in range(4)]), (16, 24), 0).conditions["aesthetic_score"]
+    assert scores.shape == (4, 1)
+    assert scores[:, 0].tolist()[:2] == [0.0, 0.5]
+    assert math.isnan(scores[2, 0])
+
+
+def test_rows_in_the_order_of_the_plan_keep_it(dataset):
+    manifest, firsts = latents(dataset)
+    reader = LatentReader(dataset, manifest)
+    plan = Plan(reader.files, BatchConfig(global_size=6, micro_size=6))
+    for step in range(12):
+        planned = plan.step(step)
+        batch = reader.read(planned.rows, planned.bucket, step * 6)
+        assert numbers(batch) == [firsts[reader.files[file].name] + row for file, row in planned.rows]
+
+
+def test_files_that_leave_memory_are_read_again(dataset, monkeypatch):
+    manifest, _ = latents(dataset)
+    plenty, scarce = LatentReader(dataset, manifest), LatentReader(dataset, manifest)
+    plan = Plan(plenty.files, BatchConfig(global_size=3, micro_size=3))
+    expected = [numbers(plenty.read(plan.step(n).rows, plan.step(n).bucket, 0)) for n in range(12)]
+    monkeypatch.setattr(batches, "CACHED_BYTES", 1)
+    assert [numbers(scarce.read(plan.step(n).rows, plan.step(n).bucket, 0)) for n in range(12)] == expected
+
+
+def test_captions_are_those_of_the_first_rows(dataset):
+    manifest, firsts = latents(dataset)
+    reader = LatentReader(dataset, manifest)
+    expected = [f"caption {firsts[file.name] + row}" for file in reader.files for row in range(file.rows)]
+    assert reader.captions(6) == expected[:6]
+    assert reader.captions(100) == expected
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_workers_read_the_whole_step_between_them_in_micro_batches(reader, world):
+    plan = Plan(reader.files, BatchConfig(global_size=8, micro_size=2))
+    whole = [numbers(reader.read(plan.step(n).rows, plan.step(n).bucket, 0)) for n in range(3, 6)]
+    found: list[list[int]] = [[], [], []]
+    for rank in range(world):
+        part = iter(Slices(reader, plan, rank, world, step=3))
+        for place in range(3):
+            micro = next(part)
+            assert [len(batch.mean) for batch in micro] == [2] * (4 // world)
+            begin = (3 + place) * 8 + rank * 8 // world
+            assert [batch.first for batch in micro] == list(range(begin, begin + 8 // world, 2))
+            assert {batch.bucket for batch in micro} == {plan.step(3 + place).bucket}
+            found[place] += [number for batch in micro for number in numbers(batch)]
+        part.close()
+    assert found == whole
+
+
+def test_the_readers_error_is_raised_where_the_batch_is_asked_for(dataset, reader):
+    for file in reader.files[1:]:
+        dataset.delete(file.name)
+    part = iter(Slices(reader, Plan(reader.files, BatchConfig(global_size=4, micro_size=4)), 0, 1, step=0))
+    with pytest.raises(FileNotFoundError):
+        for _ in range(20):
+            next(part)
+    assert alive() == []
+
+
+def test_reading_ahead_ends_with_the_iterator(reader):
+    part = iter(Slices(reader, Plan(reader.files, BatchConfig(global_size=4, micro_size=4)), 0, 1, step=0))
+    assert alive() == []
+    next(part)
+    assert len(alive()) == 1
+    part.close()
+    assert alive() == []
+
+
+def test_waiting_is_measured(reader):
+    slices = Slices(reader, Plan(reader.files, BatchConfig(global_size=4, micro_size=4)), 0, 1, step=0)
+    part = iter(slices)
+    next(part)
+    assert slices.waited_seconds > 0
+    part.close()
+
+
+@pytest.fixture
+def images(tmp_path, dataset):
+    """An index over five images of two buckets, one rejected; gives a reader of them, and the pictures."""
+    source = Storage(str(tmp_path / "images"))
+    pictures, rows = {}, []
+    for number in range(5):
+        bucket = (16, 32) if number < 3 else (32, 16)
+        draws = np.random.default_rng(number)
+        picture = Image.fromarray(draws.integers(0, 256, (bucket[0] + 9, bucket[1] + 5, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        source.write(f"{number}.png", buffer.getvalue())
+        image_id = content_id(buffer.getvalue())
+        pictures[image_id] = (picture, bucket)
+        known = {"key": f"{number}", "id": image_id, "path": f"{number}.png", "caption": "c", "file_size": 1}
+        sizes = {"original_size": [picture.height, picture.width], "bucket": list(bucket)}
+        rejected = {"reject_reason": "too_small" if number == 1 else None}
+        rows.append(dict.fromkeys(INDEX_SCHEMA.names) | known | sizes | rejected)
+    write_rows(pa.Table.from_pylist(rows, INDEX_SCHEMA), dataset, "data/x/a.parquet", "zstd")
+    content = {"counts": {"kept": 4}, "fingerprint": {"schema": SCHEMA_VERSION}, "parents": {}}
+    manifest = write_manifest(dataset, [DataFile(name="data/x/a.parquet", rows=5)], kind="index", **content)
+    crop = CropConfig(flip_chance=0.5)
+    return ImageReader(dataset, manifest, source, crop, 10_000), pictures, crop, source
+
+
+def test_kept_images_are_read_by_bucket(images):
+    reader, *_ = images
+    assert [(file.bucket, file.rows) for file in reader.files] == [((16, 32), 2), ((32, 16), 2)]
+
+
+def test_images_are_cropped_anew_by_their_number_in_the_run(images):
+    reader, pictures, crop, _ = images
+    rows = np.array([[0, 0], [0, 1], [0, 1]])
+    batch = reader.read(rows, (16, 32), first=7)
+    assert batch.image.shape == (3, 3, 16, 32)
+    assert not torch.equal(batch.image[1], batch.image[2])
+    wide = sorted(name for name, (_, bucket) in pictures.items() if bucket == (16, 32))
+    for place, image in enumerate(batch.image):
+        pixels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        candidates = []
+        for name in wide:
+            picture = pictures[name][0]
+            top_left, flip = draw_crop((picture.height, picture.width), (16, 32), crop, f"{name}:{7 + place}")
+            candidates.append(crop_pixels(picture, (16, 32), top_left, flip))
+        assert any(np.array_equal(pixels, candidate) for candidate in candidates)
+    again = reader.read(rows, (16, 32), first=7)
+    assert torch.equal(again.image, batch.image)
+
+
+def test_pixels_span_minus_one_to_one(images):
+    reader, *_ = images
+    image = reader.read(np.array([[1, 0], [1, 1]]), (32, 16), first=0).image
+    assert image.dtype == torch.float32
+    assert -1 <= image.min() < -0.9
+    assert 0.9 < image.max() <= 1
+
+
+def test_an_image_that_is_gone_is_named(images):
+    reader, _, _, source = images
+    for file in source.list():
+        source.delete(file.name)
+    with pytest.raises(RuntimeError, match=r"\d.png: the index keeps it"):
+        reader.read(np.array([[0, 0]]), (16, 32), first=0)

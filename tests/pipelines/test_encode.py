@@ -1,0 +1,143 @@
+"""The encode stage without a cluster: crops with their conditioning, and the encoder as a plain object."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from model.config import TEXT_PRESETS
+from model.text import tokenize
+from pipelines import networks
+from pipelines.config import CropConfig, EncodeConfig, TextWeightsConfig, WeightsConfig
+from pipelines.images import content_id, crop_pixels, draw_crop
+from pipelines.preprocess.encode import PIXELS, Encoder, crop_images
+from pipelines.preprocess.write import FAILURE, cut, stored, write_units
+from pipelines.schema import INDEX_SCHEMA, latents_schema, tensor_array
+from pipelines.storage import Storage, StorageOptions
+
+BUCKET = (16, 24)
+CROP = CropConfig(flip_chance=0.5, seed=3)
+VAE, TEXT = WeightsConfig(preset="tiny", seed=1), TextWeightsConfig(preset="tiny", seed=2)
+LATENT = (4, BUCKET[0] // 4, BUCKET[1] // 4)
+SHAPES = (LATENT, (77, 96), (64,))
+
+
+@pytest.fixture
+def source(tmp_path):
+    return Storage(str(tmp_path / "images"))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder(VAE, TEXT, EncodeConfig(batch=2, text_batch=2), StorageOptions())
+
+
+def picture(number: int) -> Image.Image:
+    draws = np.random.default_rng(number)
+    return Image.fromarray(draws.integers(0, 256, (20 + number, 50, 3), dtype=np.uint8))
+
+
+def kept(source: Storage, captions: list[str]) -> pa.Table:
+    """One unit of index rows, as the latents stage receives it."""
+    rows = []
+    for number, caption in enumerate(captions):
+        buffer = io.BytesIO()
+        picture(number).save(buffer, "PNG")
+        source.write(f"{number}.png", buffer.getvalue())
+        known = {"key": f"k{number}", "id": content_id(buffer.getvalue()), "path": f"{number}.png", "caption": caption}
+        sizes = {"original_size": [20 + number, 50], "bucket": list(BUCKET), "aesthetic_score": number + 0.5}
+        rows.append(known | sizes)
+    columns = [name for name in INDEX_SCHEMA.names if name not in ("file_size", "reject_reason", "reject_detail")]
+    schema = pa.schema([INDEX_SCHEMA.field(name) for name in columns])
+    (unit,) = cut(pa.Table.from_pylist(rows, schema), len(rows), {"16x24": pa.array([True] * len(rows))})
+    return unit
+
+
+def test_a_crop_travels_with_its_true_conditioning(source):
+    unit = kept(source, ["a", "b", "c"])
+    rows = crop_images(unit, source, CROP, 10_000)
+    assert rows.column("unit").to_pylist() == unit.column("unit").to_pylist()
+    for number, row in enumerate(rows.to_pylist()):
+        top_left, flip = draw_crop((20 + number, 50), BUCKET, CROP, row["id"])
+        assert (tuple(row["crop_top_left"]), row["flip"]) == (top_left, flip)
+        assert row["target_size"] == list(BUCKET)
+        assert row["original_size"] == [20 + number, 50]
+        assert row[FAILURE] is None
+        assert row[PIXELS] == crop_pixels(picture(number), BUCKET, top_left, flip).tobytes()
+
+
+def test_an_image_that_changed_or_went_is_a_failure_and_the_others_are_not(source):
+    unit = kept(source, ["a", "b", "c"])
+    source.write("0.png", source.read("1.png"))
+    source.delete("2.png")
+    first, second, third = crop_images(unit, source, CROP, 10_000).column(FAILURE).to_pylist()
+    assert "changed since it was indexed" in first
+    assert second is None
+    assert "2.png" in third
+
+
+def test_rows_are_encoded_as_one_image_and_one_caption_at_a_time_would_be(source, encoder):
+    captions = ["a cat", "a dog", "a cat", "", "a bird"]
+    rows = crop_images(kept(source, captions), source, CROP, 10_000)
+    latents = encoder(rows)
+    assert latents.column("key").to_pylist() == [f"k{n}" for n in range(5)]
+    assert latents.column("caption").to_pylist() == captions
+    vae, text = networks.vae(VAE, StorageOptions()), networks.text_encoders(TEXT)
+    mean, std = tensor_array(latents, "latent_mean"), tensor_array(latents, "latent_std")
+    context, pooled = tensor_array(latents, "context"), tensor_array(latents, "pooled")
+    assert (mean.shape, context.shape, pooled.shape) == ((5, *LATENT), (5, 77, 96), (5, 64))
+    with torch.no_grad():
+        for number, pixels in enumerate(rows.column(PIXELS).to_pylist()):
+            image = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, *BUCKET, 3).permute(0, 3, 1, 2)
+            posterior = vae.encode(image / 127.5 - 1)
+            features = text(tokenize([captions[number]], TEXT_PRESETS["tiny"]))
+            for found, expected in (
+                (mean[number], posterior.mean),
+                (std[number], posterior.std),
+                (context[number], features.context),
+                (pooled[number], features.pooled),
+            ):
+                np.testing.assert_allclose(found, expected[0].numpy(), rtol=2e-3, atol=2e-3)
+    assert np.array_equal(context[0], context[2])
+    assert not np.array_equal(context[0], context[1])
+
+
+def test_latents_are_the_posteriors_and_not_scaled(source, encoder):
+    rows = crop_images(kept(source, ["a"]), source, CROP, 10_000)
+    assert (tensor_array(encoder(rows), "latent_std") > 0).all()
+
+
+@pytest.mark.parametrize("gone", [[0], [0, 1], [0, 1, 2]])
+def test_failed_rows_pass_through_to_the_report(source, encoder, tmp_path, gone):
+    unit = kept(source, ["a", "b", "c"])
+    for number in gone:
+        source.delete(f"{number}.png")
+    dataset = Storage(str(tmp_path / "dataset"))
+    latents = encoder(crop_images(unit, source, CROP, 10_000))
+    (report,) = write_units(latents, dataset, "data/x", "lz4").to_pylist()
+    assert (report["rows"], len(report["failures"])) == (3 - len(gone), len(gone))
+    assert {failure["path"] for failure in report["failures"]} == {f"{number}.png" for number in gone}
+    assert [file.keys for file in stored(dataset, "data/x")] == [tuple(f"k{n}" for n in range(3) if n not in gone)] * (
+        len(gone) < 3
+    )
+
+
+def test_a_written_file_has_the_schema_of_latents(source, encoder, tmp_path):
+    dataset = Storage(str(tmp_path / "dataset"))
+    write_units(encoder(crop_images(kept(source, ["a", "b"]), source, CROP, 10_000)), dataset, "data/x", "lz4")
+    (file,) = dataset.list()
+    written, expected = dataset.read_table(file.name).schema, latents_schema(*SHAPES)
+    assert written == expected
+    assert [field.metadata for field in written] == [field.metadata for field in expected]
+
+
+def test_values_that_are_not_finite_fail_their_row(source):
+    unit = kept(source, ["a", "b"])
+    broken = Encoder(VAE, TEXT, EncodeConfig(), StorageOptions())
+    with torch.no_grad():
+        next(broken.vae.parameters()).fill_(float("nan"))
+    reasons = broken(crop_images(unit, source, CROP, 10_000)).column(FAILURE).to_pylist()
+    assert reasons == ["not finite in float32"] * 2

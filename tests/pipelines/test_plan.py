@@ -1,0 +1,215 @@
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pipelines.config import BatchConfig
+from pipelines.schema import DataFile
+from pipelines.train.plan import Plan
+
+SQUARE, WIDE, TALL = (32, 32), (16, 64), (64, 16)
+
+
+def files(sizes: dict[tuple[int, int], list[int]]) -> list[DataFile]:
+    return [
+        DataFile(name=f"{h}x{w}/{n}", rows=rows, bucket=(h, w))
+        for (h, w), all_ in sizes.items()
+        for n, rows in enumerate(all_)
+    ]
+
+
+def plan(sizes: dict, size: int, *, seed: int = 0, shuffle: int = 8192) -> Plan:
+    return Plan(files(sizes), BatchConfig(global_size=size, micro_size=1, seed=seed, shuffle_rows=shuffle))
+
+
+def steps(of: Plan, count: int) -> list[tuple]:
+    return [(of.step(n).bucket, of.step(n).rows.tolist()) for n in range(count)]
+
+
+DATASETS = {
+    "larger than a batch": {SQUARE: [5, 7, 3], WIDE: [11], TALL: [8, 8]},
+    "one row in a bucket": {SQUARE: [10, 10], WIDE: [1], TALL: [3]},
+    "one row": {SQUARE: [1]},
+    "one row in each": {SQUARE: [1], WIDE: [1], TALL: [1]},
+    "smaller than a batch in all": {SQUARE: [2, 1], WIDE: [2]},
+    "many files": {SQUARE: [1] * 9, WIDE: [4, 1, 6, 2]},
+}
+each_dataset = pytest.mark.parametrize("sizes", DATASETS.values(), ids=DATASETS)
+each_batch = pytest.mark.parametrize("size", [1, 3, 8])
+
+
+@each_dataset
+@each_batch
+@pytest.mark.parametrize("shuffle", [1, 4, 8192])
+def test_every_row_is_seen_as_often_as_every_other_and_none_is_lost(sizes, size, shuffle):
+    """After any number of steps each row of a bucket has been seen floor or ceil of the bucket's images over its rows."""
+    made = plan(sizes, size, shuffle=shuffle)
+    listed = files(sizes)
+    seen: Counter[tuple[int, int]] = Counter()
+    images: Counter[tuple[int, int]] = Counter()
+    totals = {bucket: sum(rows) for bucket, rows in sizes.items()}
+    last = made.steps_before(7)
+    for number in range(last):
+        batch = made.step(number)
+        assert len(batch.rows) == size
+        images[batch.bucket] += size
+        seen.update(map(tuple, batch.rows.tolist()))
+        if number % 5 and number != last - 1:
+            continue
+        for file, described in enumerate(listed):
+            for row in range(described.rows):
+                low, over = divmod(images[described.bucket], totals[described.bucket])
+                assert low <= seen[file, row] <= low + bool(over)
+    assert set(seen) <= {(file, row) for file, described in enumerate(listed) for row in range(described.rows)}
+
+
+@each_dataset
+@each_batch
+def test_after_some_epochs_a_bucket_has_given_its_share_of_steps(sizes, size):
+    made = plan(sizes, size)
+    for epochs in (0, 1, 2, 5, 8):
+        buckets = Counter(made.step(n).bucket for n in range(made.steps_before(epochs)))
+        assert buckets == {b: n for b, rows in sizes.items() if (n := epochs * sum(rows) // size)}
+
+
+@each_dataset
+@each_batch
+def test_all_rows_of_a_step_are_of_its_bucket(sizes, size):
+    made, listed = plan(sizes, size), files(sizes)
+    for number in range(30):
+        batch = made.step(number)
+        assert {listed[file].bucket for file, _ in batch.rows} == {batch.bucket}
+
+
+@each_dataset
+def test_a_step_follows_from_its_number_alone(sizes):
+    expected = steps(plan(sizes, 8), 40)
+    order = list(range(40))
+    random.Random(0).shuffle(order)
+    visited = plan(sizes, 8)
+    for number in order:
+        batch = visited.step(number)
+        assert (batch.bucket, batch.rows.tolist()) == expected[number]
+    alone = plan(sizes, 8).step(39)
+    assert (alone.bucket, alone.rows.tolist()) == expected[39]
+
+
+@pytest.mark.parametrize("shuffle", [3, 8192])
+def test_a_step_does_not_depend_on_what_is_kept_in_memory(shuffle):
+    sizes = {(8, 8 * n): [3, 4, 2] for n in range(1, 12)}  # more windows than are kept
+    made = plan(sizes, 4, shuffle=shuffle)
+    first = steps(made, 60)
+    assert steps(made, 60) == first
+
+
+def test_workers_take_slices_that_together_are_the_step():
+    made = plan(DATASETS["larger than a batch"], 8)
+    for number in range(10):
+        whole = made.step(number).rows
+        for world in (1, 2, 4):
+            share = 8 // world
+            slices = [made.step(number).rows[rank * share : (rank + 1) * share] for rank in range(world)]
+            assert np.array_equal(np.concatenate(slices), whole)
+
+
+def test_the_number_of_workers_and_their_passes_do_not_enter():
+    sizes = DATASETS["larger than a batch"]
+    other = Plan(files(sizes), BatchConfig(global_size=8, micro_size=4))
+    assert steps(other, 20) == steps(plan(sizes, 8), 20)
+
+
+@each_dataset
+@each_batch
+def test_epochs_and_steps_are_consistent(sizes, size):
+    made = plan(sizes, size)
+    starts = [made.steps_before(epoch) for epoch in range(60)]
+    assert starts[0] == 0
+    assert starts == sorted(starts)
+    for number in range(starts[-1]):
+        epoch = made.epoch_of(number)
+        assert made.steps_before(epoch) <= number < made.steps_before(epoch + 1)
+
+
+def test_a_position_far_away_is_found_at_once():
+    made = plan({SQUARE: [1000] * 20, WIDE: [7]}, 64)
+    number = 10**8 + 3
+    epoch = made.epoch_of(number)
+    assert made.steps_before(epoch) <= number < made.steps_before(epoch + 1)
+    assert made.step(number).rows.shape == (64, 2)
+
+
+def test_another_seed_gives_another_order():
+    sizes = DATASETS["larger than a batch"]
+    orders = [str(steps(plan(sizes, 4, seed=seed), 20)) for seed in (0, 1, 2, 0)]
+    assert len(set(orders)) == 3
+    assert orders[0] == orders[3]
+
+
+def test_each_epoch_has_its_own_order():
+    made = plan({SQUARE: [30]}, 1)
+    orders = [[int(made.step(30 * epoch + n).rows[0, 1]) for n in range(30)] for epoch in range(4)]
+    assert all(sorted(order) == list(range(30)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_buckets_are_mixed_over_an_epoch():
+    made = plan({SQUARE: [64], WIDE: [64]}, 4)
+    order = [made.step(n).bucket for n in range(32)]
+    changes = sum(a != b for a, b in zip(order, order[1:], strict=False))
+    assert 8 <= changes <= 24
+
+
+def test_neighbours_in_a_file_are_spread_over_steps():
+    made = plan({SQUARE: [100] * 4}, 4)
+    files_of_a_step = [len(set(made.step(n).rows[:, 0].tolist())) for n in range(100)]
+    assert np.mean(files_of_a_step) > 2.5  # 2.73 in a fair draw of four out of four files
+
+
+def test_rows_of_a_step_are_sorted_by_file_then_row():
+    made = plan({SQUARE: [5, 9, 4]}, 8)
+    for number in range(20):
+        found = made.step(number).rows.tolist()
+        assert found == sorted(found)
+
+
+@pytest.mark.parametrize("sizes", [[8] * 12, [3, 11, 5, 8, 1, 9, 7, 2, 10, 4, 6, 12], [1] * 40])
+def test_a_small_window_bounds_the_files_that_are_read_together(sizes):
+    shuffle, batch = 16, 8
+
+    def most(window: int) -> int:
+        made = plan({SQUARE: sizes}, batch, shuffle=window)
+        return max(len(set(made.step(n).rows[:, 0].tolist())) for n in range(made.steps_before(6)))
+
+    bounded, free = most(shuffle), most(8192)
+    files_of_a_window = max(  # whole files whose last rows lie within one window, in the worst order
+        sum(np.cumsum(sorted(sizes)) <= shuffle + max(sizes)), 1
+    )
+    assert bounded <= 2 * files_of_a_window
+    assert len(sizes) == 40 or bounded < free
+
+
+def test_rows_are_shuffled_inside_a_window_of_files():
+    made = plan({SQUARE: [8] * 6}, 8, shuffle=16)
+    pairs = [set(made.step(n).rows[:, 0].tolist()) for n in range(6)]
+    assert all(len(pair) <= 2 for pair in pairs)
+    assert any(len(pair) == 2 for pair in pairs)
+    assert len({frozenset(pair) for pair in pairs}) <= 3 + 3
+
+
+@pytest.mark.parametrize("listed", [[], [DataFile(name="a", rows=0, bucket=SQUARE)]])
+def test_a_dataset_without_rows_is_an_error(listed):
+    with pytest.raises(ValueError, match="no rows"):
+        Plan(listed, BatchConfig(global_size=4, micro_size=1))
+
+
+def test_a_file_without_a_bucket_is_an_error():
+    with pytest.raises(ValueError, match="a.parquet has no bucket"):
+        Plan([DataFile(name="a.parquet", rows=3)], BatchConfig(global_size=4, micro_size=1))
+
+
+def test_an_empty_file_among_others_changes_nothing_that_is_seen():
+    listed = [DataFile(name=str(n), rows=rows, bucket=SQUARE) for n, rows in enumerate([0, 5, 0, 3, 0])]
+    made = Plan(listed, BatchConfig(global_size=4, micro_size=1, shuffle_rows=4))
+    seen = Counter(tuple(row) for n in range(4) for row in made.step(n).rows.tolist())
+    assert seen == {(1, row): 2 for row in range(5)} | {(3, row): 2 for row in range(3)}

@@ -1,0 +1,250 @@
+import random
+
+import pyarrow as pa
+import pytest
+
+from pipelines.preprocess.write import (
+    FAILURE,
+    UNIT,
+    UNIT_ROWS,
+    Stored,
+    collect_garbage,
+    cut,
+    missing,
+    select,
+    stored,
+    write_rows,
+    write_units,
+)
+from pipelines.schema import (
+    INDEX_SCHEMA,
+    SCHEMA_VERSION,
+    DataFile,
+    data_files,
+    read_manifest,
+    tensor_array,
+    tensor_column,
+    tensor_field,
+    write_manifest,
+)
+from pipelines.storage import Storage
+
+FOLDER = "data/x"
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return Storage(str(tmp_path / "dataset"))
+
+
+def rows(*keys: str) -> pa.Table:
+    """Rows whose value follows from their key."""
+    return pa.table({"key": pa.array(keys, pa.string()), "value": pa.array([f"v{key}" for key in keys], pa.string())})
+
+
+def judged(verdicts: dict[str, str | None]) -> pa.Table:
+    values = dict.fromkeys(INDEX_SCHEMA.names) | {"path": "p", "file_size": 1}
+    reasons = {key: reason and "duplicate" for key, reason in verdicts.items()}
+    return pa.Table.from_pylist(
+        [values | {"key": k, "reject_reason": reasons[k], "reject_detail": v} for k, v in verdicts.items()],
+        INDEX_SCHEMA,
+    )
+
+
+def put(dataset: Storage, name: str, *keys: str) -> str:
+    write_rows(rows(*keys), dataset, f"{FOLDER}/{name}", "zstd")
+    return f"{FOLDER}/{name}"
+
+
+def commit(dataset: Storage, *names: str):
+    files = [DataFile(name=name, rows=dataset.read_table(name, ["key"]).num_rows) for name in names]
+    return write_manifest(
+        dataset, files, kind="index", counts={}, fingerprint={"schema": SCHEMA_VERSION}, parents={}
+    ), files
+
+
+def content(dataset: Storage, files) -> list[dict]:
+    return [row for name, _ in files for row in dataset.read_table(name).to_pylist()]
+
+
+def test_rows_are_cut_into_units_that_know_their_size():
+    units = cut(rows(*"abcdefg"), 3)
+    assert [unit.column("key").to_pylist() for unit in units] == [list("abc"), list("def"), list("g")]
+    assert [set(unit.column(UNIT_ROWS).to_pylist()) for unit in units] == [{3}, {3}, {1}]
+    assert len({unit.column(UNIT)[0].as_py() for unit in units}) == 3
+
+
+def test_a_units_name_is_its_keys():
+    names = [unit.column(UNIT)[0].as_py() for unit in cut(rows(*"abcd"), 2)]
+    assert [unit.column(UNIT)[0].as_py() for unit in cut(rows(*"abcd"), 2)] == names
+    assert [unit.column(UNIT)[0].as_py() for unit in cut(rows(*"cdab"), 2)] == names[::-1]
+
+
+def test_groups_never_share_a_unit():
+    table = rows(*"abcdefg")
+    mask = pa.array([key in "aceg" for key in "abcdefg"])
+    other = pa.array([key not in "aceg" for key in "abcdefg"])
+    units = cut(table, 3, {"8x8": mask, "8x16": other})
+    found = [(unit.column(UNIT)[0].as_py().partition("/")[0], unit.column("key").to_pylist()) for unit in units]
+    assert found == [("8x8", list("ace")), ("8x8", ["g"]), ("8x16", list("bdf"))]
+
+
+def test_nothing_is_cut_into_nothing():
+    assert cut(rows(), 3) == []
+    assert cut(rows(), 3, {}) == []
+
+
+def test_a_unit_becomes_one_file_without_the_columns_of_its_journey(dataset):
+    units = cut(rows(*"abcde"), 2)
+    report = write_units(pa.concat_tables([units[1], units[0]]), dataset, FOLDER, "zstd")
+    assert sorted(report.column("rows").to_pylist()) == [2, 2]
+    assert report.column("failures").to_pylist() == [[], []]
+    assert [file.name for file in dataset.list()] == sorted(
+        f"{FOLDER}/{unit.column(UNIT)[0].as_py()}.parquet" for unit in units[:2]
+    )
+    found = [row for file in dataset.list() for row in dataset.read_table(file.name).to_pylist()]
+    assert sorted(found, key=lambda row: row["key"]) == rows(*"abcd").to_pylist()
+
+
+def test_a_torn_unit_is_refused_and_not_written(dataset):
+    (unit,) = cut(rows(*"abc"), 3)
+    with pytest.raises(RuntimeError, match="2 of 3 rows"):
+        write_units(unit.slice(0, 2), dataset, FOLDER, None)
+    with pytest.raises(RuntimeError, match="4 of 3 rows"):
+        write_units(pa.concat_tables([unit, unit.slice(0, 1)]), dataset, FOLDER, None)
+    assert dataset.list() == []
+
+
+def with_failures(unit: pa.Table, failures: dict[str, str]) -> pa.Table:
+    keys = unit.column("key").to_pylist()
+    unit = unit.append_column("path", pa.array([f"{key}.png" for key in keys]))
+    return unit.append_column(FAILURE, pa.array([failures.get(key) for key in keys], pa.string()))
+
+
+def test_failed_rows_are_reported_and_not_written(dataset):
+    (unit,) = cut(rows(*"abc"), 3)
+    report = write_units(with_failures(unit, {"b": "broken"}), dataset, FOLDER, None).to_pylist()
+    assert [(line["rows"], line["failures"]) for line in report] == [(2, [{"path": "b.png", "failure": "broken"}])]
+    (file,) = dataset.list()
+    assert dataset.read_table(file.name).equals(rows(*"ac"))
+
+
+def test_a_unit_that_failed_whole_leaves_no_file(dataset):
+    (unit,) = cut(rows(*"ab"), 2)
+    report = write_units(with_failures(unit, {"a": "x", "b": "y"}), dataset, FOLDER, None).to_pylist()
+    assert [(line["rows"], len(line["failures"])) for line in report] == [(0, 2)]
+    assert dataset.list() == []
+
+
+def test_a_unit_written_again_is_the_same_file(dataset):
+    (unit,) = cut(rows(*"ab"), 2)
+    for _ in range(2):
+        write_units(unit, dataset, FOLDER, "zstd")
+        assert len(dataset.list()) == 1
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd", "none"])
+def test_tensor_rows_are_written_and_read(dataset, compression):
+    import numpy as np
+
+    array = np.arange(24, dtype=np.float16).reshape(4, 2, 3)
+    schema = pa.schema([pa.field("key", pa.string()), tensor_field("latent_mean", (2, 3))])
+    table = pa.Table.from_arrays([pa.array(list("abcd")), tensor_column(array)], schema=schema)
+    write_rows(table, dataset, f"{FOLDER}/a.parquet", compression)
+    assert np.array_equal(tensor_array(dataset.read_table(f"{FOLDER}/a.parquet"), "latent_mean"), array)
+
+
+def test_stored_and_missing_are_told_by_key(dataset):
+    names = [put(dataset, "b.parquet", *"cd"), put(dataset, "a.parquet", *"ba")]
+    have = stored(dataset, FOLDER)
+    assert have == [Stored(names[1], ("b", "a")), Stored(names[0], ("c", "d"))]
+    assert missing(rows(*"aebf"), have).equals(rows(*"ef"))
+    assert missing(rows(*"ab"), []).equals(rows(*"ab"))
+    assert missing(rows(*"abcd"), have).num_rows == 0
+    assert stored(dataset, "data/nothing") == []
+
+
+def test_files_that_are_wanted_whole_are_taken_as_they_are(dataset):
+    name = put(dataset, "a.parquet", *"ab")
+    put(dataset, "b.parquet", *"cd")
+    assert select(dataset, stored(dataset, FOLDER), {"a", "b"}, None, None) == [(name, 2)]
+    assert len(dataset.list()) == 2
+
+
+def test_a_file_of_which_less_is_wanted_is_written_again_and_the_old_one_stays(dataset):
+    old = put(dataset, "a.parquet", *"abc")
+    ((name, count),) = select(dataset, stored(dataset, FOLDER), {"a", "c"}, None, None)
+    assert (count, name == old, name.startswith(f"{FOLDER}/")) == (2, False, True)
+    assert dataset.read_table(name).equals(rows(*"ac"))
+    assert dataset.read_table(old).equals(rows(*"abc"))
+
+
+def test_a_key_twice_in_one_file_counts_once(dataset):
+    put(dataset, "a.parquet", *"aab")
+    assert content(dataset, select(dataset, stored(dataset, FOLDER), {"a", "b"}, None, None)) == rows(*"ab").to_pylist()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_each_wanted_key_counts_once_whatever_files_there_are(dataset, seed):
+    draws = random.Random(seed)
+    keys = list("abcdefgh")
+    for number in range(draws.randint(1, 5)):
+        put(dataset, f"{number}.parquet", *draws.sample(keys, draws.randint(1, 5)))
+    have = stored(dataset, FOLDER)
+    known = {key for file in have for key in file.keys}
+    wanted = set(draws.sample(keys, draws.randint(0, 8)))
+    files = select(dataset, have, wanted, None, "zstd")
+    assert sorted(content(dataset, files), key=str) == sorted(rows(*(wanted & known)).to_pylist(), key=str)
+    assert [count for _, count in files] == [dataset.read_table(name).num_rows for name, _ in files]
+    again = select(dataset, stored(dataset, FOLDER), wanted, None, "zstd")
+    assert sorted(again) == sorted(files)
+
+
+def test_changed_rows_are_written_under_a_name_that_means_their_content(dataset):
+    old = f"{FOLDER}/a.parquet"
+    write_rows(judged({"a": None, "b": None}), dataset, old, None)
+
+    def judge(verdicts: dict[str, str | None]):
+        def change(table: pa.Table) -> pa.Table | None:
+            new = judged({key: verdicts[key] for key in table.column("key").to_pylist()})
+            return None if new.equals(table) else new
+
+        ((name, _),) = select(dataset, [Stored(old, ("a", "b"))], set(verdicts), change, None)
+        assert dataset.read_table(name).equals(judged(verdicts))
+        return name
+
+    same = {"a": None, "b": None}
+    first, second = {"a": None, "b": "the same as a"}, {"a": None, "b": "the same as c"}
+    assert judge(same) == old
+    assert len({judge(first), judge(second), old}) == 3
+    assert judge(first) == judge(first)
+    assert dataset.read_table(old).equals(judged(same))
+
+
+def test_rows_are_told_apart_by_every_verdict(dataset):
+    for name, verdict in (("a", "x"), ("b", None)):
+        write_rows(judged({"k": verdict}), dataset, f"{FOLDER}/{name}.parquet", None)
+    ((chosen, _),) = select(dataset, stored(dataset, FOLDER), {"k"}, lambda table: judged({"k": None}), None)
+    assert dataset.read_table(chosen).equals(judged({"k": None}))
+
+
+def test_garbage_is_what_no_manifest_ever_named(dataset):
+    a, b, c = (put(dataset, f"{name}.parquet", name) for name in "abc")
+    orphan = put(dataset, "orphan.parquet", "o")
+    other = "data/y/of-another-fingerprint.parquet"
+    write_rows(rows("z"), dataset, other, None)
+    first, _ = commit(dataset, a, b)
+    _, files = commit(dataset, b, c)
+    assert collect_garbage(dataset, FOLDER, files) == 1
+    assert not dataset.exists(orphan)
+    assert dataset.exists(other)
+    pinned = read_manifest(dataset, "index", first.digest)
+    assert [dataset.read_table(file.name).num_rows for file in data_files(dataset, pinned)] == [1, 1]
+    assert dataset.exists(c)
+    assert collect_garbage(dataset, FOLDER, files) == 0
+
+
+def test_files_about_to_be_committed_are_no_garbage(dataset):
+    a = put(dataset, "a.parquet", "a")
+    assert collect_garbage(dataset, FOLDER, [DataFile(name=a, rows=1)]) == 0
+    assert dataset.exists(a)

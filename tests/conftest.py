@@ -25,12 +25,25 @@ from typing import Any
 import psutil
 import pytest
 
+from jobs.cli import WORKER_ENVIRONMENT
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 LOGICAL_CPUS = 4  # more than the machine may have: workers wait for each other more than they compute
 S3_KEY, S3_SECRET, S3_BUCKET = "test-key", secrets.token_hex(16), "sdxl"
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.update(  # before anything imports Ray, which reads its token once
+    {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "AWS_ACCESS_KEY_ID": S3_KEY,
+        "AWS_SECRET_ACCESS_KEY": S3_SECRET,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        **WORKER_ENVIRONMENT,
+    }
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,34 +78,28 @@ def cluster() -> Iterator[Cluster]:
     """One cluster, and this process connected to it."""
     import ray
 
-    from jobs.cli import WORKER_ENVIRONMENT
-
-    os.environ.update(
-        {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "AWS_ACCESS_KEY_ID": S3_KEY,
-            "AWS_SECRET_ACCESS_KEY": S3_SECRET,
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "PYTHONPATH": str(ROOT),
-            **WORKER_ENVIRONMENT,
-        }
-    )
     port, dashboard = free_port(), free_port()
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets need a short path
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--num-cpus={LOGICAL_CPUS}"]
     command += [f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
-    command += ["--object-store-memory=1000000000", "--disable-usage-stats", "--ray-client-server-port=0"]
+    command += ["--object-store-memory=1000000000", "--disable-usage-stats"]
     with open(Path(folder, "head.log"), "wb") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
     address = f"127.0.0.1:{port}"
     os.environ["RAY_ADDRESS"] = address
     try:
+        _wait_for(lambda: head.poll() is not None or _listens(port), 120, f"no GCS: see {folder}/head.log")
+        assert head.poll() is None, Path(folder, "head.log").read_text()[-3000:]
         _wait_for(lambda: _connects(ray, address), 120, f"ray start did not come up: see {folder}/head.log")
         yield Cluster(address, f"http://127.0.0.1:{dashboard}", dict(os.environ))
         ray.shutdown()
     finally:
         _end(head)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _connects(ray: Any, address: str) -> bool:
@@ -123,7 +130,6 @@ def s3() -> Iterator[S3]:
         keys = [{"accessKey": S3_KEY, "secretKey": S3_SECRET}]
         identities = {"identities": [{"name": "test", "credentials": keys, "actions": actions}]}
         Path(folder, "s3.json").write_text(json.dumps(identities))
-        os.environ |= {"AWS_ACCESS_KEY_ID": S3_KEY, "AWS_SECRET_ACCESS_KEY": S3_SECRET}
         names = ("master.port", "volume.port", "filer.port", "master.port.grpc", "volume.port.grpc", "filer.port.grpc")
         ports = {name: free_port() for name in (*names, "s3.port.grpc")}
         command = [str(BIN / "weed"), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]

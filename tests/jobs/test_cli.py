@@ -2,29 +2,34 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from jobs import generate, preprocess
-from jobs.cli import FAILURE, USAGE_ERROR, main
+from jobs.cli import FAILURE, USAGE_ERROR, WORKER_ENVIRONMENT, main
 from jobs.config import GenerateJob, PreprocessJob
 
+ROOT = Path(__file__).parents[2]
 PREPROCESS = """
 index = "out/index"
 latents = "out/latents"
 source.path = "images"
 buckets = {table = [[16, 48], [32, 32]], multiple = 8}
 vae = {preset = "tiny", path = "out/vae"}
-text.preset = "tiny"
+text = {preset = "tiny", seed = 0}
 """
 GENERATE = """
 output = "out/pictures"
 [generate]
-base.preset = "tiny-base"
-vae.preset = "tiny"
-text.preset = "tiny"
+base = {preset = "tiny-base", path = "out/base"}
+vae = {preset = "tiny", path = "out/vae"}
+text = {preset = "tiny", seed = 0}
 prompts = {texts = ["a cat", "a dog", "a cow"], size = [32, 48], count = 2}
 """
 
@@ -32,6 +37,8 @@ prompts = {texts = ["a cat", "a dog", "a cow"], size = [32, 48], count = 2}
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name in WORKER_ENVIRONMENT:  # main sets them for good
+        monkeypatch.setenv(name, os.environ.get(name, ""))
     Path("job.toml").write_text(PREPROCESS)
     Path("pictures.toml").write_text(GENERATE)
     Path("images").mkdir()
@@ -39,7 +46,9 @@ def folder(tmp_path, monkeypatch):
         buffer = io.BytesIO()
         Image.new("RGB", (20 + number, 30)).save(buffer, "PNG")
         Path(f"images/{number}.png").write_bytes(buffer.getvalue())
-    return tmp_path
+    handler = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, handler)
 
 
 def files(folder: Path) -> list[str]:
@@ -101,8 +110,16 @@ def test_flags_and_settings_may_come_in_any_order(folder):
     assert ended("job.toml", "--dry-run", "encode.batch=3") == 0
 
 
-def test_help_names_the_job_and_its_arguments(folder, capsys):
-    assert ended("--help") == 0
-    text = capsys.readouterr().out
-    assert text.startswith("usage: python -m jobs.preprocess")
+def test_help_names_the_job_and_its_arguments():
+    command = [sys.executable, "-m", "jobs.preprocess", "--help"]
+    text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert text.startswith("usage: python -m jobs.preprocess ")
     assert all(word in text for word in ("CONFIG.toml", "key=value", "--dry-run"))
+
+
+def test_a_job_that_is_told_to_end_ends_as_by_control_c(folder):
+    def told(job: PreprocessJob) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        main(PreprocessJob, preprocess.run, told, ["job.toml", "--dry-run"])

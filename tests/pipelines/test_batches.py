@@ -128,14 +128,6 @@ def test_files_that_leave_memory_are_read_again(dataset, monkeypatch):
     assert [numbers(scarce.read(plan.step(n).rows, plan.step(n).bucket, 0)) for n in range(12)] == expected
 
 
-def test_captions_are_those_of_the_first_rows(dataset):
-    manifest, firsts = latents(dataset)
-    reader = LatentReader(dataset, manifest)
-    expected = [f"caption {firsts[file.name] + row}" for file in reader.files for row in range(file.rows)]
-    assert reader.captions(6) == expected[:6]
-    assert reader.captions(100) == expected
-
-
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_workers_read_the_whole_step_between_them_in_micro_batches(reader, world):
     plan = Plan(reader.files, BatchConfig(global_size=8, micro_size=2))
@@ -238,9 +230,13 @@ def test_pixels_span_minus_one_to_one(images):
     assert 0.9 < image.max() <= 1
 
 
-def test_an_image_that_is_gone_is_named(images):
+@pytest.mark.parametrize("change", ["gone", "other bytes", "another image"])
+def test_an_image_that_is_not_the_indexed_one_is_named(images, change):
     reader, _, _, source = images
     for file in source.list():
-        source.delete(file.name)
+        if change == "gone":
+            source.delete(file.name)
+        else:
+            source.write(file.name, source.read("1.png") if change == "another image" else b"other bytes")
     with pytest.raises(RuntimeError, match=r"\d.png: the index keeps it"):
         reader.read(np.array([[0, 0]]), (16, 32), first=0)

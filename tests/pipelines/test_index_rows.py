@@ -15,7 +15,7 @@ from pipelines.images import content_id, decode
 from pipelines.preprocess.bucket import assign_buckets
 from pipelines.preprocess.filter import apply_filters, mark_duplicates
 from pipelines.preprocess.measure import measure
-from pipelines.preprocess.read import list_inputs
+from pipelines.preprocess.read import INPUT_SCHEMA, list_inputs
 from pipelines.schema import INDEX_SCHEMA, Reject
 from pipelines.storage import Storage
 
@@ -139,6 +139,27 @@ def test_every_input_gives_exactly_one_row(index, tmp_path):
     assert reasons(rows)["gone.png"] == Reject.UNREADABLE
     assert rows["gone.png"]["id"] is None
     assert sum(reason is None for reason in reasons(rows).values()) == 20
+
+
+@pytest.mark.parametrize("name", ["a.png/below-a-file.png", "x" * 300 + ".png", "nul\\u0000.png", "", "../outside.png"])
+def test_a_name_that_no_file_has_is_a_verdict_and_not_the_end_of_the_job(index, tmp_path, name):
+    (tmp_path.parent / "outside.png").write_bytes(png(9, 9))
+    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "{name}", "caption": "c"}}\n')
+    rows = index({"a.png": png(9, 9)})
+    assert sorted(map(str, reasons(rows).values())) == ["None", "unreadable"]
+
+
+def test_an_error_of_the_storage_is_not_a_verdict(tmp_path):
+    """A listed file whose read fails otherwise than by being gone: recorded, it would stay rejected for ever."""
+    inputs = {"key": ["k"], "path": ["x" * 300], "caption": ["c"], "aesthetic_score": [None], "file_size": [7]}
+    with pytest.raises(OSError, match="too long"):
+        measure(pa.Table.from_pydict(inputs, INPUT_SCHEMA), Storage(str(tmp_path)), FilterConfig())
+
+
+def test_a_file_that_went_since_it_was_listed_is_unreadable(tmp_path):
+    inputs = {"key": ["k"], "path": ["gone.png"], "caption": ["c"], "aesthetic_score": [None], "file_size": [7]}
+    (row,) = measure(pa.Table.from_pydict(inputs, INPUT_SCHEMA), Storage(str(tmp_path)), FilterConfig()).to_pylist()
+    assert row["reject_reason"] == Reject.UNREADABLE
 
 
 def test_a_rejected_row_keeps_what_is_known_about_it(index):

@@ -39,7 +39,7 @@ def test_what_latents_depend_on_is_the_content_of_the_weights():
     assert one["text"] != text["text"]
 
 
-@pytest.mark.parametrize("path", ["folder", "folder/", "folder/weights.safetensors", "other.ckpt"])
+@pytest.mark.parametrize("path", ["folder", "folder/", "folder/weights.safetensors", "other.safetensors"])
 def test_weights_that_are_missing_are_named(tmp_path, path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path / path)):
         unet(path=f"{tmp_path}/{path}")
@@ -51,6 +51,11 @@ def test_a_file_and_a_runs_folder_name_the_same_weights(tmp_path):
     for path in ("run", "run/", f"run/{networks.WEIGHTS_FILE}"):
         with networks.local_file(f"{tmp_path}/{path}", OPTIONS) as file:
             assert open(file, "rb").read() == b"weights"
+
+
+def test_text_encoders_are_named_or_seeded_and_never_silently_random():
+    with pytest.raises(ValueError, match="name both clip_l and bigg, or give a seed"):
+        networks.text_encoders(TextWeightsConfig(preset="tiny"))
 
 
 def constant(value: float):
@@ -81,10 +86,18 @@ def test_refining_ends_at_what_the_refiner_sees(diffusion):
     assert refine(constant(2), NOISE, NOISE, diffusion, config).unique().tolist() == pytest.approx([2])
 
 
-@pytest.mark.parametrize("config", [GuidanceConfig(steps=10, handover=0), GuidanceConfig(steps=10, handover=50)])
-def test_refining_below_the_last_timestep_changes_nothing(diffusion, config):
-    latents = torch.full((1, 4, 2, 2), 3.0)
-    assert torch.equal(refine(constant(2), latents, NOISE, diffusion, config), latents)
+@pytest.mark.parametrize(("steps", "handover"), [(1, 200), (10, 50), (10, 1), (50, 200), (3, 999)])
+def test_refining_starts_below_the_hand_over_however_few_the_steps(diffusion, steps, handover):
+    seen = []
+
+    def record(x, sigma, timestep):
+        seen.append(timestep)
+        return x
+
+    refine(record, NOISE, NOISE, diffusion, GuidanceConfig(steps=steps, handover=handover))
+    assert seen == sorted(seen, reverse=True)
+    assert seen[0] < handover
+    assert seen[0] >= handover // 2
 
 
 def test_settings_are_named_by_their_dotted_path():

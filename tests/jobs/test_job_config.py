@@ -470,9 +470,9 @@ def test_a_submitted_jobs_tracking_may_not_be_a_relative_file(submitted, uri):
     assert "tracking.uri" in wrong(submitted, TrainBaseJob, "output=/data/base", f"tracking.uri={uri}")
 
 
-@pytest.mark.parametrize("override", ["tracking=3", "output=3"])
-def test_a_submitted_job_with_values_of_the_wrong_kind_is_an_error_in_words(submitted, override):
-    assert override.partition("=")[0] in wrong(submitted, TrainBaseJob, override)
+@pytest.mark.parametrize("overrides", [["tracking=3", "output=/o"], ["output=3", SERVER]])
+def test_a_submitted_job_with_values_of_the_wrong_kind_is_an_error_in_words(submitted, overrides):
+    assert overrides[0].partition("=")[0] in wrong(submitted, TrainBaseJob, *overrides)
 
 
 def test_the_environment_of_a_job_that_was_not_submitted_does_not_matter(make, monkeypatch):

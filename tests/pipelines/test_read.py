@@ -143,7 +143,7 @@ def test_a_line_that_is_not_unicode_is_named(folder):
     put(folder, "a.png")
     lines = [b'{"file_name": "a.png", "caption": "a cat"}', b'{"file_name": "a.png", "caption": "\xff"}']
     put(folder, "metadata.jsonl", data=b"\n".join(lines))
-    with pytest.raises(ValueError, match="metadata.jsonl, line 2"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2"):
         read(folder)
 
 

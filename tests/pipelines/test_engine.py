@@ -1,0 +1,166 @@
+"""The engine against plain torch: two workers under ZeRO do what one process does with AdamW and an average."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch import nn
+
+from model.ema import EMA
+from pipelines.config import BatchConfig, EMAConfig, OptimizerConfig, ScheduleConfig, WorkersConfig
+
+STEPS, GLOBAL, WORLD = 4, 8, 2
+OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, warmup_images=16, decay_images=16, clip_norm=0.5)
+SCHEDULE = ScheduleConfig(images=STEPS * GLOBAL, checkpoint_images=GLOBAL)
+HALFLIFE = 20
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 3))
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(GLOBAL, 5, generator=generator), torch.randn(GLOBAL, 3, generator=generator)) for _ in range(STEPS)
+    ]
+
+
+def by_hand() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Weights and averaged weights of the same training without DeepSpeed."""
+    model = network()
+    parameters = list(model.parameters())
+    adamw = torch.optim.AdamW(parameters, lr=OPTIMIZER.lr, weight_decay=OPTIMIZER.weight_decay)
+    average = EMA([p.data for p in parameters], HALFLIFE)
+    for step, (x, y) in enumerate(batches()):
+        seen = (step + 1) * GLOBAL
+        left = SCHEDULE.images - seen + GLOBAL
+        for group in adamw.param_groups:
+            group["lr"] = OPTIMIZER.lr * min(1, seen / OPTIMIZER.warmup_images, left / OPTIMIZER.decay_images)
+        adamw.zero_grad()
+        (model(x) - y).square().mean(1).mean().backward()
+        nn.utils.clip_grad_norm_(parameters, OPTIMIZER.clip_norm)
+        adamw.step()
+        average.update([p.data for p in parameters], seen, GLOBAL)
+    return [p.detach() for p in parameters], average.shadow
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    """All cases in one pair of processes: starting them takes longer than the cases."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ["WORLD_SIZE"] = str(WORLD)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD)
+    for stage, micro, dtype in (
+        (1, 4, "float32"),
+        (2, 4, "float32"),
+        (2, 2, "float32"),
+        (1, 4, "bfloat16"),
+        (2, 4, "bfloat16"),
+    ):
+        name = f"{stage}-{micro}-{dtype}"
+        shared = Path(folder, name)
+        engine = train(new_engine(stage, micro, dtype), micro, rank, 0, STEPS)
+        weights = engine.full_weights()
+        with engine.averaged() as averaged:
+            seen_inside = [p.detach().float().clone() for p in averaged.parameters()]
+            average = engine.full_weights()
+        again = engine.full_weights()
+        half = train(new_engine(stage, micro, dtype), micro, rank, 0, STEPS // 2)
+        half.save(shared)
+        torch.distributed.barrier()
+        resumed = new_engine(stage, micro, dtype)
+        resumed.load(shared)
+        train(resumed, micro, rank, STEPS // 2, STEPS)
+        resumed_weights = resumed.full_weights()
+        with resumed.averaged():
+            resumed_average = resumed.full_weights()
+        if rank == 0:
+            found = {
+                "weights": weights,
+                "average": average,
+                "inside": seen_inside,
+                "again": again,
+                "resumed": resumed_weights,
+                "resumed_average": resumed_average,
+            }
+            torch.save(found, Path(folder, f"{name}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+def new_engine(stage: int, micro: int, dtype: str):  # type: ignore[no-untyped-def]
+    from pipelines.train.engine import Engine
+
+    return Engine(
+        "net",
+        network().train(),
+        optimizer=OPTIMIZER,
+        schedule=SCHEDULE,
+        batch=BatchConfig(global_size=GLOBAL, micro_size=micro),
+        workers=WorkersConfig(count=WORLD, zero_stage=stage, dtype=dtype),  # type: ignore[arg-type]
+        ema=EMAConfig(halflife_images=HALFLIFE),
+    )
+
+
+def train(engine, micro: int, rank: int, first: int, last: int):  # type: ignore[no-untyped-def]
+    share = GLOBAL // WORLD
+    dtype = next(engine.network.parameters()).dtype
+    for step, (x, y) in list(enumerate(batches()))[first:last]:
+        for start in range(rank * share, (rank + 1) * share, micro):
+            part = slice(start, start + micro)
+            loss = (engine(x[part].to(dtype)).float() - y[part]).square().mean(1)
+            engine.backward(loss.mean())
+            engine.step((step + 1) * GLOBAL)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, dict]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(worker, (port, folder), nprocs=WORLD)
+        return {path.stem: torch.load(path, weights_only=True) for path in Path(folder).glob("*.pt")}
+
+
+@pytest.mark.parametrize("case", ["1-4-float32", "2-4-float32", "2-2-float32"])
+def test_equals_plain_adamw_with_its_schedule_clipping_and_average(trained: dict, case: str) -> None:
+    weights, average = by_hand()
+    for ours, theirs in zip(trained[case]["weights"].values(), weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(trained[case]["average"].values(), average, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["1-4-bfloat16", "2-4-bfloat16"])
+def test_bfloat16_keeps_fp32_weights_near_those_of_fp32(trained: dict, case: str) -> None:
+    weights, _ = by_hand()
+    for ours, theirs in zip(trained[case]["weights"].values(), weights, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2)  # three decimals of bf16, through Adam
+
+
+@pytest.mark.parametrize("case", ["1-4-float32", "2-4-float32", "1-4-bfloat16", "2-4-bfloat16"])
+def test_averaged_weights_are_in_place_inside_and_gone_after(trained: dict, case: str) -> None:
+    found = trained[case]
+    for inside, average in zip(found["inside"], found["average"].values(), strict=True):
+        rounded = average.to(torch.bfloat16).float() if "bfloat16" in case else average
+        assert torch.equal(inside, rounded)
+    for name, before in found["weights"].items():
+        assert torch.equal(before, found["again"][name])
+        assert not torch.equal(before, found["average"][name])
+
+
+@pytest.mark.parametrize("case", ["1-4-float32", "2-4-float32", "2-2-float32", "1-4-bfloat16", "2-4-bfloat16"])
+def test_two_and_two_steps_equal_four(trained: dict, case: str) -> None:
+    for name, average in trained[case]["average"].items():
+        assert torch.equal(average, trained[case]["resumed_average"][name])
+        assert torch.equal(trained[case]["weights"][name], trained[case]["resumed"][name])

@@ -22,6 +22,8 @@ from pipelines.config import EXPERIMENTS, TrackingConfig, flat
 from pipelines.schema import Manifest
 
 CLOCK = "images_seen"  # the metric that says how far a curve goes
+EXPERIMENT_KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"  # which kind of page MLflow shows
+DESCRIPTION = "mlflow.note.content"
 PARAMS_PER_CALL = 100  # the server's limit
 LOCAL_DATABASE, LOCAL_ARTIFACTS = "mlflow.db", "mlartifacts"
 
@@ -68,9 +70,13 @@ def open_run(
     experiment_id = (
         experiment.experiment_id
         if experiment
-        else client.create_experiment(EXPERIMENTS[stage], artifact_location=artifacts and f"{artifacts}/{stage}")
+        else client.create_experiment(
+            EXPERIMENTS[stage], artifact_location=artifacts and f"{artifacts}/{stage}", tags={EXPERIMENT_KIND: TRAINING}
+        )
     )
-    run = client.create_run(experiment_id, run_name=name, tags={"stage": stage})
+    read = ", ".join(f"{item.name} {item.manifest.digest} ({item.manifest.rows} rows) in {item.uri}" for item in inputs)
+    description = f"{stage}" + (f", from {read}" if read else "")
+    run = client.create_run(experiment_id, run_name=name, tags={"stage": stage, DESCRIPTION: description})
     params = [Param(key, str(value)) for key, value in flat(config).items()]
     for start in range(0, len(params), PARAMS_PER_CALL):
         client.log_batch(run.info.run_id, params=params[start : start + PARAMS_PER_CALL])

@@ -174,7 +174,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(20)
+        process.wait(5)
     except subprocess.TimeoutExpired:
         process.kill()
     for child in children:

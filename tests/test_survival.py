@@ -55,7 +55,15 @@ def test_latents_after_the_encoder_is_killed(finished: Finished, tmp_path: Path)
     with killing("MapWorker(MapBatches(Encoder))", some) as killed:
         preprocess.run_stage(demo.load(PreprocessJob, "preprocess", "encode.rows_per_file=1"), "latents")
     assert killed
-    assert content(tmp_path / "latents", "latents") == content(finished.root / "latents", "latents")
+    ours, theirs = (content(root / "latents", "latents") for root in (tmp_path, finished.root))
+    assert ours.keys() == theirs.keys()
+    for name, row in ours.items():
+        for column, value in row.items():
+            if isinstance(value, bytes):  # passes of another size round differently
+                one, other = (np.frombuffer(data, np.float16).astype(float) for data in (value, theirs[name][column]))
+                np.testing.assert_allclose(one, other, rtol=0.02, atol=0.005)
+            else:
+                assert value == theirs[name][column]
 
 
 def test_a_run_that_stopped_half_way_leaves_nothing_that_looks_finished(finished: Finished, tmp_path: Path) -> None:

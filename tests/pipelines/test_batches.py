@@ -1,4 +1,5 @@
 import io
+import itertools
 import math
 import threading
 
@@ -151,8 +152,7 @@ def test_the_readers_error_is_raised_where_the_batch_is_asked_for(dataset, reade
         dataset.delete(file.name)
     part = iter(Slices(reader, Plan(reader.files, BatchConfig(global_size=4, micro_size=4)), 0, 1, step=0))
     with pytest.raises(FileNotFoundError):
-        for _ in range(20):
-            next(part)
+        list(itertools.islice(part, 20))
     assert alive() == []
 
 

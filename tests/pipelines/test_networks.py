@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_a_file_and_a_runs_folder_name_the_same_weights(tmp_path):
     (tmp_path / "run" / networks.WEIGHTS_FILE).write_bytes(b"weights")
     for path in ("run", "run/", f"run/{networks.WEIGHTS_FILE}"):
         with networks.local_file(f"{tmp_path}/{path}", OPTIONS) as file:
-            assert open(file, "rb").read() == b"weights"
+            assert Path(file).read_bytes() == b"weights"
 
 
 def test_text_encoders_are_named_or_seeded_and_never_silently_random():

@@ -44,7 +44,7 @@ each_batch = pytest.mark.parametrize("size", [1, 3, 8])
 @each_batch
 @pytest.mark.parametrize("shuffle", [1, 4, 8192])
 def test_every_row_is_seen_as_often_as_every_other_and_none_is_lost(sizes, size, shuffle):
-    """After any number of steps each row of a bucket has been seen floor or ceil of the bucket's images over its rows."""
+    """After any number of steps each row has been seen floor or ceil of its bucket's images over its bucket's rows."""
     made = plan(sizes, size, shuffle=shuffle)
     listed = files(sizes)
     seen: Counter[tuple[int, int]] = Counter()

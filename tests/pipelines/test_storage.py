@@ -139,6 +139,24 @@ def test_a_folder_of_a_storage_is_a_storage(storage):
     assert storage.read("x/y/z") == b"1"
 
 
+def test_a_file_is_uploaded_whole_and_stays_where_it_was(storage, tmp_path):
+    (tmp_path / "weights").write_bytes(bytes(range(256)) * 1000)
+    storage.write("deep/copy", b"old")
+    storage.upload("deep/copy", tmp_path / "weights")
+    assert storage.read("deep/copy") == (tmp_path / "weights").read_bytes()
+    assert names(storage) == ["deep/copy"]
+
+
+def test_an_upload_that_fails_leaves_neither_name_nor_temporary(storage, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        storage.upload("deep/copy", tmp_path / "nothing")
+    (tmp_path / "weights").write_bytes(b"weights")
+    fail_to_flush(monkeypatch)
+    with pytest.raises(OSError, match="No space"):
+        storage.upload("deep/copy", tmp_path / "weights")
+    assert on_disk(tmp_path) == ["weights"]
+
+
 def test_a_deleted_file_is_gone(storage):
     storage.write("a", b"1")
     storage.delete("a")
@@ -146,7 +164,9 @@ def test_a_deleted_file_is_gone(storage):
 
 
 def test_a_storage_travels_without_its_connection(storage):
-    storage.write("a", b"1")  # makes the file system
+    storage.write("a", b"1")
+    assert storage.read("a") == b"1"
+    assert "filesystem" in vars(storage)
     copy = pickle.loads(pickle.dumps(storage))
     assert copy == storage
     assert "filesystem" not in vars(copy)

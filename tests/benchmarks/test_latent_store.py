@@ -1,0 +1,136 @@
+"""The latent store at full SDXL shape: our writer and loader beside a copy in memory and beside plain Parquet.
+
+Sides take turns in one process. Each line gives the median of the rounds, and their minimum and maximum.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.preprocess.pipeline import LATENTS_COMPRESSION
+from pipelines.preprocess.write import write_rows
+from pipelines.schema import Column, DataFile, latents_schema, tensor_column, write_manifest
+from pipelines.storage import Storage
+from pipelines.train.batches import LatentReader
+
+ROWS, FILE_ROWS, BATCH, ROUNDS = 256, 64, 16, 5
+SHAPES = {
+    Column.LATENT_MEAN: (4, 128, 128),
+    Column.LATENT_STD: (4, 128, 128),
+    Column.CONTEXT: (77, 2048),
+    Column.POOLED: (1280,),
+}
+
+
+def table(number: int) -> pa.Table:
+    draws = np.random.Generator(np.random.PCG64(number))
+    pairs = [[1024, 1024]] * FILE_ROWS
+    values = {
+        Column.KEY: [f"{number}-{row}" for row in range(FILE_ROWS)],
+        Column.ID: [f"{number}-{row}" for row in range(FILE_ROWS)],
+        Column.CAPTION: ["a caption"] * FILE_ROWS,
+        Column.ORIGINAL_SIZE: pairs,
+        Column.CROP_TOP_LEFT: [[0, 0]] * FILE_ROWS,
+        Column.TARGET_SIZE: pairs,
+        Column.FLIP: [False] * FILE_ROWS,
+        Column.AESTHETIC_SCORE: [5.0] * FILE_ROWS,
+    }
+    tensors = {name: draws.standard_normal((FILE_ROWS, *shape), np.float32) for name, shape in SHAPES.items()}
+    schema = latents_schema(SHAPES[Column.LATENT_MEAN], SHAPES[Column.CONTEXT], SHAPES[Column.POOLED])
+    arrays = [
+        tensor_column(tensors[field.name]) if field.name in tensors else pa.array(values[field.name], field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def rates(sides: dict[str, Callable[[], None]], megabytes: float) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(ROUNDS + 1):
+        for name, run in sides.items():
+            begun = time.perf_counter()
+            run()
+            found[name].append(megabytes / (time.perf_counter() - begun))
+    return {name: values[1:] for name, values in found.items()}  # the first round warms up
+
+
+def show(title: str, found: dict[str, list[float]], unit: str) -> None:
+    print(f"\n{title}")
+    for name, values in found.items():
+        print(f"  {name:<44} {statistics.median(values):8.0f} {unit}  ({min(values):.0f} to {max(values):.0f})")
+
+
+def test_write_and_read(tmp_path: Path) -> None:
+    tables = [table(number) for number in range(ROWS // FILE_ROWS)]
+    row_bytes = 2 * sum(int(np.prod(shape)) for shape in SHAPES.values())
+    megabytes = ROWS * row_bytes / 1e6
+    dataset = Storage(str(tmp_path / "latents"))
+    names = [f"data/x/1024x1024/{number}.parquet" for number in range(len(tables))]
+
+    def write() -> None:
+        for name, rows in zip(names, tables, strict=True):
+            write_rows(rows, dataset, name, LATENTS_COMPRESSION)
+
+    wide = [
+        pa.table({name: pa.FixedSizeListArray.from_arrays(flat(rows, name), row_length(name)) for name in SHAPES})
+        for rows in tables
+    ]
+
+    def write_wide() -> None:
+        for number, rows in enumerate(wide):
+            pq.write_table(rows, tmp_path / f"{number}.parquet")
+
+    show(
+        "write",
+        rates({"ours, fp16 bytes, flushed to disk": write, "fp32 lists, Parquet defaults": write_wide}, megabytes),
+        "MB/s of fp16",
+    )
+    files = [DataFile(name=name, rows=FILE_ROWS, bucket=(1024, 1024)) for name in names]
+    manifest = write_manifest(dataset, files, kind="latents", counts={}, fingerprint={"schema": 1}, parents={})
+    order = [
+        np.array([[file, row + k] for k in range(BATCH)])
+        for file in range(len(files))
+        for row in range(0, FILE_ROWS, BATCH)
+    ]
+
+    def load() -> None:
+        reader = LatentReader(dataset, manifest)
+        for rows in order:
+            reader.read(rows, (1024, 1024), 0)
+
+    def load_wide() -> None:
+        for number in range(len(wide)):
+            rows = pq.read_table(tmp_path / f"{number}.parquet")
+            for name, shape in SHAPES.items():
+                rows.column(name).combine_chunks().flatten().to_numpy().reshape(FILE_ROWS, *shape).copy()
+
+    source = np.zeros(ROWS * row_bytes, np.uint8)
+
+    def copy() -> None:
+        source.copy()
+
+    show(
+        "read to batches of tensors",
+        rates({"ours, to fp32 tensors": load, "fp32 lists": load_wide, "copy in memory": copy}, megabytes),
+        "MB/s of fp16",
+    )
+    ours = sum(file.size for file in dataset.list("data"))
+    theirs = sum((tmp_path / f"{number}.parquet").stat().st_size for number in range(len(wide)))
+    print(f"\nbytes on disk per row: ours {ours / ROWS:.0f}, fp32 lists {theirs / ROWS:.0f}, ratio {ours / theirs:.2f}")
+
+
+def flat(rows: pa.Table, name: Column) -> pa.Array:
+    from pipelines.schema import tensor_array
+
+    return pa.array(tensor_array(rows, name).astype(np.float32).ravel())
+
+
+def row_length(name: Column) -> int:
+    return int(np.prod(SHAPES[name]))

@@ -46,7 +46,7 @@ def main(kind: type[J], run: Callable[[J], None], plan: Callable[[J], None], arg
     parser.add_argument("config", metavar="CONFIG.toml", help="the job's settings")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace those of the file")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and what would run; start nothing")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         job = load(kind, arguments.config, arguments.overrides)
     except JobError as error:
@@ -78,7 +78,7 @@ def load(kind: type[J], path: str, overrides: Sequence[str]) -> J:
         raise JobError(f"not TOML: {error}") from error
     for override in overrides:
         _override(values, override)
-    _refuse_lost_outputs(values)
+    _refuse_lost_outputs(kind, values)
     _make_absolute(values)
     try:
         job = kind.model_validate(values)
@@ -137,10 +137,15 @@ def _make_absolute(values: dict[str, Any]) -> None:
 
 def _explain(kind: type[Job], error: Any) -> str:
     """One line for a person: the dotted key, what is wrong, and the nearest name that exists."""
-    path = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "tagged-"))]
+    path = [
+        str(part)
+        for part in error["loc"]
+        if not str(part).startswith(("function-", "tagged-")) and "[" not in str(part)
+    ]
     key = ".".join(path)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        near = difflib.get_close_matches(path[-1], _names(kind), n=1)
+        others = [name for name in _names(kind) if name != path[-1]]
+        near = difflib.get_close_matches(path[-1], others, n=1)
         return f"{key}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
         return f"{key}: is missing"
@@ -165,14 +170,20 @@ def _names(kind: type[Job]) -> list[str]:
     return sorted(names)
 
 
-def _refuse_lost_outputs(values: Mapping[str, Any]) -> None:
+def _refuse_lost_outputs(kind: type[Job], values: Mapping[str, Any]) -> None:
     """A submitted job runs in a temporary copy of its directory: what it writes there by a relative path is lost."""
     if SUBMITTED not in os.environ:
         return
-    lost = [
-        name for name in ("output", "index", "latents") if not str(values.get(name, "/")).startswith(("/", "s3://"))
-    ]
-    if "uri" not in values.get("tracking", {}):
+    outputs = {
+        name: values.get(name, kind.model_fields[name].default)
+        for name in ("output", "index", "latents")
+        if name in kind.model_fields
+    }
+    lost: list[str] = [name for name, v in outputs.items() if isinstance(v, str) and not v.startswith(("/", "s3://"))]
+    tracking = values.get("tracking", {})
+    uri = tracking.get("uri", "") if isinstance(tracking, Mapping) else ""
+    address = str(uri).removeprefix("sqlite:///")
+    if "://" not in address and not address.startswith("/"):
         lost.append("tracking.uri")
     if lost:
         raise JobError(

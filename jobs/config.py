@@ -96,6 +96,10 @@ class PreprocessJob(Job):
     def _check(self) -> Self:
         from pipelines.preprocess.bucket import bucket_table
 
+        if not self.stages:
+            raise ValueError("stages: name index, latents or both")
+        if not bucket_table(self.buckets):
+            raise ValueError("buckets.table: has no size")
         _preset("vae.preset", self.vae.preset, VAE_PRESETS)
         if "latents" in self.stages:
             _text("text", self.text)
@@ -170,6 +174,11 @@ class TrainDenoiserJob(TrainingJob):
         _text("task.text", task.text)
         _fits_text("task.unet.preset", UNET_PRESETS[task.unet.preset], task.text)
         _range("task.loss.timesteps", task.loss.timesteps, task.diffusion)
+        for name in ("text_dropout", "size_dropout"):
+            if not 0 <= getattr(task.loss, name) <= 1:
+                raise ValueError(f"task.loss.{name}: {getattr(task.loss, name)} is no chance between 0 and 1")
+        if task.loss.offset_noise < 0:
+            raise ValueError(f"task.loss.offset_noise: {task.loss.offset_noise} is negative")
         if task.vae.path is None:
             raise ValueError("task.vae.path: name the VAE that made the latents")
         return self
@@ -213,6 +222,11 @@ class GenerateJob(Job):
             _preset(f"generate.{name}.preset", weights.preset, UNET_PRESETS)
             unet = UNET_PRESETS[weights.preset]
             _fits_text(f"generate.{name}.preset", unet, config.text)
+            condition = Conditioning.TARGET_SIZE if name == "base" else Conditioning.AESTHETIC_SCORE
+            if condition not in unet.conditioning:
+                raise ValueError(
+                    f"generate.{name}.preset: {weights.preset!r} is not conditioned on {condition}, as the {name} is"
+                )
             for side in config.prompts.size:
                 if side % (down * unet.downsample) and config.prompts.index is None:
                     raise ValueError(

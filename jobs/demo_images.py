@@ -35,6 +35,8 @@ def render_images(folder: Path, count: int, longest: int) -> int:
         return count + 3
     folder.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
+    for path in folder.glob("[0-9][0-9][0-9][0-9].*"):  # another request's, which would be inputs without captions
+        path.unlink()
     rows = []
     with progress("render", count) as bar:
         for number, (caption, svg) in enumerate(_drawings(count)):

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from model.config import DenoiserLossConfig, DiffusionConfig, VAELossConfig
 
 Count = Annotated[int, Gt(0)]
 Amount = Annotated[int, Ge(0)]
-Positive = Annotated[float, Gt(0)]
+Positive = Annotated[float, Gt(0), Lt(float("inf"))]
 Share = Annotated[float, Ge(0), Le(1)]
+Decay = Annotated[float, Ge(0), Lt(1)]
 Size = tuple[Count, Count]  # (height, width) in pixels
 
 
@@ -35,7 +36,7 @@ class FilterConfig:
 
     min_side: Count = 1
     """Shortest side an original image may have, pixels."""
-    max_aspect: Positive = 6.0
+    max_aspect: Annotated[float, Ge(1)] = 6.0
     """Longest over shortest side an original image may have."""
     max_pixels: Count = 200_000_000
     """Pixels a header may claim before the file is refused unread."""
@@ -153,11 +154,11 @@ class OptimizerConfig:
 
     lr: Positive = 1e-4
     """Learning rate after warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the two moments."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Ge(0)] = 0.01
     """Decoupled weight decay."""
     warmup_images: Amount = 0
     """Images over which the learning rate rises from zero."""

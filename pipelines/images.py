@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
-import warnings
 import zlib
 
 import numpy as np
@@ -13,13 +12,14 @@ from PIL import Image, ImageCms, ImageOps
 
 from pipelines.config import CropConfig, Size
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO")  # Pillow's other decoders stay unreached
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # the other decoders stay unreached; MPO opens as JPEG
 DECODE_ERRORS = (
     OSError,
     ValueError,
     SyntaxError,
     NotImplementedError,
     MemoryError,
+    RuntimeError,  # the AVIF decoder
     OverflowError,
     struct.error,
     zlib.error,
@@ -32,6 +32,9 @@ UNREADABLE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)
 """A file that is not to be had. Any other error of a read is the storage's, and says nothing of the image."""
 
 
+Image.MAX_IMAGE_PIXELS = None  # the limit is filters.max_pixels, looked at before any pixel is decoded
+
+
 def content_id(data: bytes) -> str:
     """The id of an image file: the first 32 hex digits of its bytes' sha256."""
     return hashlib.sha256(data).hexdigest()[:32]
@@ -39,16 +42,17 @@ def content_id(data: bytes) -> str:
 
 def open_image(data: bytes) -> Image.Image:
     """The image, its header read and its pixels not."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the pixel limit is the filter's
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def header_size(data: bytes) -> Size:
     """(height, width) in pixels of the upright image, from its header alone."""
     with open_image(data) as image:
         width, height = image.size
-        transposed = image.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS
+        if image.format == "TIFF":  # Pillow turns its size at opening
+            return height, width
+        # the base class's, because PNG's own decodes all pixels to look for a chunk behind them
+        transposed = Image.Image.getexif(image).get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS
     return (width, height) if transposed else (height, width)
 
 
@@ -65,6 +69,8 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         profile = image.info.get("icc_profile")
     if upright.mode in ("I;16", "I;16B", "I;16L", "I"):
         upright = upright.point(lambda value: value / 256).convert("L")  # 16 bits to 8; Pillow itself would clip
+    if upright.mode == "F":
+        raise ValueError("floating-point pixels, and nothing says which value is white")
     if upright.has_transparency_data:
         layer = upright.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
@@ -75,8 +81,11 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (OSError, ImageCms.PyCMSError):
+        return image.convert("RGB")  # a damaged profile, or one of another colour space: common, and no fault of pixels
     assert converted is not None  # None only for inPlace=True
     return converted
 

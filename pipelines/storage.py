@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from annotated_types import Gt
 from pyarrow import fs as pafs
 
 TEMPORARY = ".incomplete-"  # prefix of a local file that is still being written
@@ -31,9 +32,9 @@ class StorageOptions:
     """URL of an S3-compatible server; None for AWS."""
     s3_region: str | None = None
     """Region; None lets the client find it."""
-    s3_attempts: int = 10
+    s3_attempts: Annotated[int, Gt(0)] = 10
     """Attempts per request before it fails; each waits longer than the one before."""
-    s3_timeout_seconds: float = 60.0
+    s3_timeout_seconds: Annotated[float, Gt(0)] = 60.0
     """Time to connect, and between two packets, before an attempt counts as failed."""
 
 
@@ -52,6 +53,10 @@ class Storage:
 
     uri: str
     options: StorageOptions = field(default_factory=StorageOptions)
+
+    def __post_init__(self) -> None:
+        if "://" in self.uri and not self.uri.startswith("s3://"):
+            raise ValueError(f"{self.uri}: a local path or s3:// was expected")
 
     @property
     def is_local(self) -> bool:

@@ -21,6 +21,8 @@ def measure(inputs: pa.Table, source: Storage, filters: FilterConfig) -> pa.Tabl
 
     def row(values: dict[str, Any]) -> dict[str, Any]:
         index = {name: values.get(name) for name in INDEX_SCHEMA.names}
+        if values[Column.FILE_SIZE] < 0:
+            return index | {Column.REJECT_REASON: Reject.UNREADABLE, Column.REJECT_DETAIL: "there is no such file"}
         try:
             data = source.read(values[Column.PATH])
         except UNREADABLE_ERRORS as error:  # any other is the storage's: the job ends, and nothing is recorded
@@ -31,7 +33,8 @@ def measure(inputs: pa.Table, source: Storage, filters: FilterConfig) -> pa.Tabl
             if height * width > filters.max_pixels:
                 detail = f"the header claims {height} x {width} pixels"
                 return index | {Column.REJECT_REASON: Reject.TOO_LARGE, Column.REJECT_DETAIL: detail}
-            decode(data, filters.max_pixels)
+            image = decode(data, filters.max_pixels)
+            index[Column.ORIGINAL_SIZE] = image.height, image.width  # a PNG's orientation may lie behind its pixels
         except DECODE_ERRORS as error:
             return index | _reject(Reject.UNREADABLE, error)
         return index

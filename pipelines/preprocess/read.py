@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 from typing import Any
 
 import pyarrow as pa
@@ -59,33 +61,39 @@ def list_inputs(source: Storage, config: SourceConfig) -> pa.Table:
 
 def _read_metadata(source: Storage, config: SourceConfig) -> dict[str, tuple[str | None, float | None]]:
     """(caption, score) of each file that metadata.jsonl names."""
-    found = {}
-    for number, line in enumerate(source.read(METADATA).decode("utf-8").splitlines(), start=1):
+    found: dict[str, tuple[str | None, float | None]] = {}
+    for number, line in enumerate(source.read(METADATA).removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         where = f"{source.uri.rstrip('/')}/{METADATA}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:  # of the encoding, or of the syntax
             raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise ValueError(f'{where}: "file_name" is missing')
-        if number == 1 and config.caption_column not in row:
+        if not found and config.caption_column not in row:
             raise ValueError(
                 f"{where}: source.caption_column is {config.caption_column!r}, and the row has {', '.join(row)}"
             )
-        found[row["file_name"]] = (_text(row.get(config.caption_column)), _number(row, config.score_column, where))
+        found[row["file_name"]] = (_text(row, config.caption_column, where), _number(row, config.score_column, where))
     return found
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value).strip()
+def _text(row: dict[str, Any], column: str, where: str) -> str | None:
+    value = row.get(column)
+    if value is None:
+        return None
+    text = str(value).strip()
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{where}: {column} holds half of a surrogate pair: {text!r}")
+    return text
 
 
 def _number(row: dict[str, Any], column: str, where: str) -> float | None:
     value = row.get(column)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{where}: {column} is {value!r}, and a number was expected")
     return float(value)

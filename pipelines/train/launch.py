@@ -121,7 +121,7 @@ def check_latents(task: DenoiserTaskConfig, manifest: Manifest, options: Storage
         if any(int(side) % reduction for side in bucket.split("x")):
             raise ValueError(
                 f"task.latents {task.latents}: bucket {bucket} does not divide by {reduction}, the reduction of VAE "
-                f"and task.unet.preset {task.unet.preset!r}; preprocess with buckets.multiple = {reduction} or a multiple"
+                f"and task.unet.preset {task.unet.preset!r}; preprocess with buckets.multiple = {reduction}"
             )
     missing = int(manifest.facts["without_aesthetic_score"])
     if missing and Conditioning.AESTHETIC_SCORE in unet.conditioning:

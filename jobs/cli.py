@@ -98,6 +98,7 @@ def start_ray(job: Job) -> None:
 
     if ray.is_initialized():
         return
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # the plan of every dataset, in the middle of a bar
     joins = job.ray.address is not None or "RAY_ADDRESS" in os.environ
     ray.init(
         address=job.ray.address if joins else "local",

@@ -83,12 +83,12 @@ def plan(job: PreprocessJob) -> None:
         manifest = read_manifest(Storage(folder, job.storage), kind) if folder else None
         print(f"{kind}: {_describe(manifest) if manifest else 'nothing yet'}, in {folder}")
     if "latents" in job.stages:
-        from pipelines.estimate import parameters
+        from pipelines.estimate import parameters, readable
 
         area, rows = max(h * w for h, w in table), job.encode.rows_per_file
         vae, text = parameters("vae", job.vae.preset), parameters("text", job.text.preset)
         print(f"encoders: VAE {vae:,} parameters, text {text:,}")
-        print(f"memory: {rows * area * 3 / 2**20:.0f} MiB of pixels for each task of {rows} images on its way")
+        print(f"memory: {readable(rows * area * 3)} of pixels for each task of {rows} images on its way")
 
 
 def _describe(manifest: Manifest) -> str:

@@ -38,7 +38,7 @@ def train_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
 
 def plan_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
     """Print rows, buckets, steps, parameters and memory, and check the dataset against the networks."""
-    from pipelines.estimate import memory_per_worker, parameters
+    from pipelines.estimate import memory_per_worker, parameters, readable
     from pipelines.train.launch import check_latents
 
     if isinstance(job, TrainDenoiserJob):
@@ -58,9 +58,9 @@ def plan_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
     for name, count in networks.items():
         print(f"{name}: {count:,} parameters")
     memory = memory_per_worker(networks, job.workers)
-    print(f"memory per worker, without activations: {sum(memory.values()) / 2**30:.2f} GiB")
+    print(f"memory per worker, without activations: {readable(sum(memory.values()))}")
     for name, size in memory.items():
-        print(f"  {name}: {size / 2**30:.3f} GiB")
+        print(f"  {name}: {readable(size)}")
 
 
 def _print_steps(job: TrainingJob, rows: int) -> None:

@@ -28,6 +28,15 @@ def parameters(network: str, preset: str) -> int:
         return sum(parameter.numel() for parameter in NETWORKS[network](preset).parameters())
 
 
+def readable(size: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
 def memory_per_worker(networks: Mapping[str, int], workers: WorkersConfig) -> dict[str, float]:
     """Bytes of each worker by purpose, from the parameters of the networks that train; the first one is averaged.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Iterator
@@ -64,6 +65,7 @@ class Training:
 
 def train_on_worker(settings: dict[str, Training]) -> None:
     """Train until schedule.images, from the last checkpoint where there is one; then export the averaged weights."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it prints each checkpoint on every worker
     training = settings["training"]
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     device = ray.train.torch.get_device()

@@ -8,11 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import ray.data
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from ray.data import ActorPoolStrategy
 
 from model.config import Conditioning
 from model.diffusion import Diffusion, gaussian
@@ -24,6 +22,7 @@ from pipelines.pictures import contact_sheet, to_pixels
 from pipelines.progress import progress
 from pipelines.sampling import base_denoiser, generate, refiner_denoiser
 from pipelines.schema import Column, digest, kept_rows, require_manifest
+from pipelines.stages import actors, dataset_of
 from pipelines.storage import Storage, StorageOptions
 
 MANIFEST, SHEET = "manifest.json", "contact_sheet.png"
@@ -86,19 +85,8 @@ def generate_pictures(config: GenerateConfig, output: Storage) -> dict[str, Any]
     names = {prompt.number: picture_name(prompt, config, made_by) for prompt in prompts}
     todo = [prompt for prompt in prompts if names[prompt.number] not in there]
     if todo:
-        resources = config.resources
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        pictures = ray.data.from_arrow(_batches(todo, names, config.batch)).map_batches(
-            Generator,
-            fn_constructor_args=(config, output),
-            batch_format="pyarrow",
-            batch_size=None,
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus or None,
-            compute=ActorPoolStrategy(min_size=resources.workers[0], max_size=resources.workers[1]),
-            max_restarts=resources.max_retries,
-            max_task_retries=resources.max_retries,
+        pictures = dataset_of(_batches(todo, names, config.batch)).map_batches(
+            Generator, fn_constructor_args=(config, output), **actors(config.resources)
         )
         with progress("generate", len(todo)) as bar:
             for _ in pictures.iter_rows():

@@ -10,9 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
-import ray.data
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import Dataset
 
 from pipelines import networks
 from pipelines.config import (
@@ -53,6 +51,7 @@ from pipelines.schema import (
     require_manifest,
     write_manifest,
 )
+from pipelines.stages import actors, dataset_of, tasks
 from pipelines.storage import Storage
 
 INDEX_COMPRESSION, LATENTS_COMPRESSION = "zstd", "lz4"
@@ -90,12 +89,12 @@ def build_index(
     units = cut(new, rows_per_file)
     if units:
         stages = (
-            _dataset(units)
-            .map_batches(partial(measure, source=source, filters=filters), **_tasks(resources))
-            .map_batches(partial(apply_filters, config=filters), **_tasks(resources))
-            .map_batches(partial(assign_buckets, table=table), **_tasks(resources))
+            dataset_of(units)
+            .map_batches(partial(measure, source=source, filters=filters), **tasks(resources))
+            .map_batches(partial(apply_filters, config=filters), **tasks(resources))
+            .map_batches(partial(assign_buckets, table=table), **tasks(resources))
             .map_batches(
-                partial(write_units, dataset=dataset, folder=folder, compression=INDEX_COMPRESSION), **_tasks(resources)
+                partial(write_units, dataset=dataset, folder=folder, compression=INDEX_COMPRESSION), **tasks(resources)
             )
         )
         _run(stages, "index", new.num_rows)
@@ -130,12 +129,12 @@ def build_latents(
     failures: dict[str, str] = {}
     if units:
         stages = (
-            _dataset(units)
-            .map_batches(partial(crop_images, source=source, crop=crop, max_pixels=max_pixels), **_tasks(resources))
-            .map_batches(Encoder, fn_constructor_args=(vae, text, encode, dataset.options), **_actors(encode.resources))
+            dataset_of(units)
+            .map_batches(partial(crop_images, source=source, crop=crop, max_pixels=max_pixels), **tasks(resources))
+            .map_batches(Encoder, fn_constructor_args=(vae, text, encode, dataset.options), **actors(encode.resources))
             .map_batches(
                 partial(write_units, dataset=dataset, folder=folder, compression=LATENTS_COMPRESSION),
-                **_tasks(resources),
+                **tasks(resources),
             )
         )
         failures = _run(stages, "latents", rows.num_rows)
@@ -162,38 +161,6 @@ def _by_bucket(rows: pa.Table) -> dict[str, pa.Array]:
     return {
         f"{height}x{width}": pa.array([bucket == (height, width) for bucket in buckets])
         for height, width in sorted(set(buckets))
-    }
-
-
-def _dataset(units: Sequence[pa.Table]) -> Dataset:
-    """A Ray dataset with one block per unit. Blocks stay whole on their way, however large the pixels make them."""
-    context = ray.data.DataContext.get_current()
-    context.target_max_block_size = None
-    context.enable_progress_bars = False  # ours counts images
-    return ray.data.from_arrow(list(units))
-
-
-def _tasks(resources: StageResources) -> dict[str, Any]:
-    """How a stage of plain functions runs. A process that dies is replaced a few times, not for ever."""
-    return {
-        "batch_format": "pyarrow",
-        "batch_size": None,
-        "num_cpus": resources.cpus,
-        "ray_remote_args_fn": partial(dict, max_retries=resources.max_retries),
-    }
-
-
-def _actors(resources: StageResources) -> dict[str, Any]:
-    """How a stage that keeps a network in memory runs."""
-    fewest, most = resources.workers
-    return {
-        "batch_format": "pyarrow",
-        "batch_size": None,
-        "num_cpus": resources.cpus,
-        "num_gpus": resources.gpus or None,
-        "compute": ActorPoolStrategy(min_size=fewest, max_size=most),
-        "max_restarts": resources.max_retries,
-        "max_task_retries": resources.max_retries,
     }
 
 

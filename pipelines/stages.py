@@ -1,0 +1,47 @@
+"""How stages run on Ray Data: units of rows as blocks that stay whole, and what each task or actor is given."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy, Dataset
+
+from pipelines.config import StageResources
+
+
+def dataset_of(units: Sequence[pa.Table]) -> Dataset:
+    """A Ray dataset with one block per unit. Blocks stay whole on their way, however large pixels make them."""
+    # Ray 2.60 warns of the only way there is to limit retries; the project is pinned below the version without it.
+    warnings.filterwarnings("ignore", message="`ray_remote_args`")
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = None
+    context.enable_progress_bars = False  # ours counts images
+    return ray.data.from_arrow(list(units))
+
+
+def tasks(resources: StageResources) -> dict[str, Any]:
+    """How a stage of plain functions runs. A process that dies is replaced a few times, not for ever."""
+    return {
+        "batch_format": "pyarrow",
+        "batch_size": None,
+        "num_cpus": resources.cpus,
+        "max_retries": resources.max_retries,
+    }
+
+
+def actors(resources: StageResources) -> dict[str, Any]:
+    """How a stage that keeps networks in memory runs; its actors are started again a few times, not for ever."""
+    fewest, most = resources.workers
+    return {
+        "batch_format": "pyarrow",
+        "batch_size": None,
+        "num_cpus": resources.cpus,
+        "num_gpus": resources.gpus or None,
+        "compute": ActorPoolStrategy(min_size=fewest, max_size=most),
+        "max_restarts": resources.max_retries,
+        "max_task_retries": resources.max_retries,
+    }

@@ -29,8 +29,12 @@ SHAPES = {
 }
 
 
-def table(number: int) -> pa.Table:
+def tensors_of(number: int) -> dict[Column, np.ndarray]:
     draws = np.random.Generator(np.random.PCG64(number))
+    return {name: draws.standard_normal((FILE_ROWS, *shape), np.float32) for name, shape in SHAPES.items()}
+
+
+def table(number: int) -> pa.Table:
     pairs = [[1024, 1024]] * FILE_ROWS
     values = {
         Column.KEY: [f"{number}-{row}" for row in range(FILE_ROWS)],
@@ -42,7 +46,7 @@ def table(number: int) -> pa.Table:
         Column.FLIP: [False] * FILE_ROWS,
         Column.AESTHETIC_SCORE: [5.0] * FILE_ROWS,
     }
-    tensors = {name: draws.standard_normal((FILE_ROWS, *shape), np.float32) for name, shape in SHAPES.items()}
+    tensors = tensors_of(number)
     schema = latents_schema(SHAPES[Column.LATENT_MEAN], SHAPES[Column.CONTEXT], SHAPES[Column.POOLED])
     arrays = [
         tensor_column(tensors[field.name]) if field.name in tensors else pa.array(values[field.name], field.type)
@@ -79,8 +83,10 @@ def test_write_and_read(tmp_path: Path) -> None:
             write_rows(rows, dataset, name, LATENTS_COMPRESSION)
 
     wide = [
-        pa.table({name: pa.FixedSizeListArray.from_arrays(flat(rows, name), row_length(name)) for name in SHAPES})
-        for rows in tables
+        pa.table(
+            {name: pa.FixedSizeListArray.from_arrays(array.ravel(), array[0].size) for name, array in tensors.items()}
+        )
+        for tensors in map(tensors_of, range(len(tables)))
     ]
 
     def write_wide() -> None:
@@ -124,13 +130,3 @@ def test_write_and_read(tmp_path: Path) -> None:
     ours = sum(file.size for file in dataset.list("data"))
     theirs = sum((tmp_path / f"{number}.parquet").stat().st_size for number in range(len(wide)))
     print(f"\nbytes on disk per row: ours {ours / ROWS:.0f}, fp32 lists {theirs / ROWS:.0f}, ratio {ours / theirs:.2f}")
-
-
-def flat(rows: pa.Table, name: Column) -> pa.Array:
-    from pipelines.schema import tensor_array
-
-    return pa.array(tensor_array(rows, name).astype(np.float32).ravel())
-
-
-def row_length(name: Column) -> int:
-    return int(np.prod(SHAPES[name]))

@@ -107,6 +107,16 @@ def test_training_in_two_goes_equals_training_in_one(finished: Finished, tmp_pat
     assert curve(tmp_path, "images_seen") == [8, 16, 24, 32]
 
 
+def test_a_run_that_was_killed_before_its_export_only_exports(finished: Finished, tmp_path: Path) -> None:
+    demo = copy_of(finished, tmp_path, "latents", "vae", "base")
+    (tmp_path / "base" / "weights.safetensors").unlink()
+    run = json.loads((tmp_path / "base" / "run.json").read_text())
+    del run["finished_images"]
+    (tmp_path / "base" / "run.json").write_text(json.dumps(run))
+    train_base.run(demo.load(TrainBaseJob, "train_base", *SCHEDULE))
+    assert_same_weights(tmp_path / "base", finished.root / "base")
+
+
 def test_pictures_after_the_generator_is_killed(finished: Finished, tmp_path: Path) -> None:
     demo = copy_of(finished, tmp_path, "index", "vae", "base", "refiner")
     some = lambda: any((tmp_path / "pictures" / "pictures").glob("*.png"))  # noqa: E731

@@ -74,12 +74,13 @@ def train_on_worker(settings: dict[str, Training]) -> None:
     batch, schedule = training.batch, training.schedule
     plan = Plan(task.reader.files, batch)
     step = _restore(engines)
+    steps = -(-schedule.images // batch.global_size)
     slices = Slices(task.reader, plan, rank, world, step)
     meter = Meter()
     tracker = Tracker(training.tracking_uri, training.run_id) if rank == 0 else None
     averaged = engines[next(iter(engines))]  # the network that is sampled from and exported
 
-    for micro_batches in slices:
+    for micro_batches in itertools.islice(slices, max(0, steps - step)):  # none if only the export was missed
         images_seen = (step + 1) * batch.global_size
         for micro_batch in micro_batches:
             for loss in task.losses(engines, micro_batch):
@@ -88,7 +89,7 @@ def train_on_worker(settings: dict[str, Training]) -> None:
                 engine.step(images_seen)
                 meter.add(loss)
         step += 1
-        last = images_seen >= schedule.images
+        last = step == steps
         if last or _due(schedule.log_images or batch.global_size, images_seen, batch):
             numbers = meter.read(engines, batch, images_seen, slices.waited_seconds)
             if tracker:
@@ -100,8 +101,6 @@ def train_on_worker(settings: dict[str, Training]) -> None:
                     tracker.image(images_seen, "samples", task.samples(network, _sample_batch(task)))
         if last or _due(schedule.checkpoint_images, images_seen, batch):
             _checkpoint(engines, step, images_seen)
-        if last:
-            break
     with averaged.averaged() as network:
         weights = averaged.full_weights()
         if rank == 0:

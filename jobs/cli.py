@@ -20,6 +20,7 @@ from jobs.config import Job
 
 J = TypeVar("J", bound=Job)
 
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 USAGE_ERROR, FAILURE = 2, 1  # exit codes: nothing was started; something failed on its way
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 PATHS = ("output", "index", "latents", "path", "file")  # settings that name a file or folder
@@ -63,7 +64,10 @@ def main(kind: type[J], run: Callable[[J], None], plan: Callable[[J], None], arg
     except JobError as error:
         sys.exit(_complain(str(error), FAILURE))
     except (ValueError, OSError) as error:
-        sys.exit(_complain(f"{error} ({_raised_at(error)})", FAILURE))
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        if not os.path.abspath(frame.filename).startswith(PROJECT):
+            traceback.print_exc()  # not one of our own messages
+        sys.exit(_complain(f"{error} ({os.path.relpath(frame.filename)}:{frame.lineno})", FAILURE))
     sys.exit(0)
 
 
@@ -202,12 +206,6 @@ def _module() -> str:
 def _interrupt(number: int, frame: object) -> None:
     """End as control-C does, so that runs are closed: `ray job stop` sends SIGTERM."""
     raise KeyboardInterrupt
-
-
-def _raised_at(error: BaseException) -> str:
-    """Where an error comes from, as file:line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{os.path.relpath(frames[-1].filename)}:{frames[-1].lineno}" if frames else "no trace"
 
 
 def _complain(message: str, code: int) -> int:

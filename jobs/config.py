@@ -26,6 +26,7 @@ from pipelines.config import (
     EncodeConfig,
     FilterConfig,
     GenerateConfig,
+    GuidanceConfig,
     OptimizerConfig,
     ScheduleConfig,
     SourceConfig,
@@ -181,6 +182,7 @@ class TrainDenoiserJob(TrainingJob):
             raise ValueError(f"task.loss.offset_noise: {task.loss.offset_noise} is negative")
         if task.vae.path is None:
             raise ValueError("task.vae.path: name the VAE that made the latents")
+        _guidance("task.samples", task.samples, task.diffusion)
         return self
 
 
@@ -236,8 +238,9 @@ class GenerateJob(Job):
         named = [bool(config.prompts.texts), config.prompts.file is not None, config.prompts.index is not None]
         if sum(named) != 1:
             raise ValueError("generate.prompts: give exactly one of texts, file and index")
-        timesteps = (config.diffusion or DiffusionConfig()).num_timesteps
-        if config.guidance.handover >= timesteps:
+        diffusion = config.diffusion or DiffusionConfig()
+        _guidance("generate.guidance", config.guidance, diffusion)
+        if config.guidance.handover == diffusion.num_timesteps:
             raise ValueError(f"generate.guidance.handover: {config.guidance.handover} leaves no timestep to the base")
         for name, weights in (("base", config.base), ("refiner", config.refiner), ("vae", config.vae)):
             if weights is not None and weights.path is None:
@@ -268,6 +271,16 @@ def _text(key: str, text: TextWeightsConfig) -> None:
     named = [text.clip_l is not None, text.bigg is not None]
     if (text.seed is None and not all(named)) or (text.seed is not None and any(named)):
         raise ValueError(f"{key}: name both clip_l and bigg, or give a seed for random weights")
+    for name in (text.clip_l, text.bigg):
+        if name is not None and name.startswith("s3://"):
+            raise ValueError(f"{key}: {name}: text encoders load from a local path or a name, not from s3://")
+
+
+def _guidance(key: str, guidance: GuidanceConfig, diffusion: DiffusionConfig) -> None:
+    if guidance.steps > diffusion.num_timesteps:
+        raise ValueError(f"{key}.steps: {guidance.steps} of {diffusion.num_timesteps} timesteps")
+    if guidance.handover > diffusion.num_timesteps:
+        raise ValueError(f"{key}.handover: {guidance.handover} of {diffusion.num_timesteps} timesteps")
 
 
 def _range(key: str, timesteps: tuple[int, int], diffusion: DiffusionConfig) -> None:

@@ -38,7 +38,7 @@ def run(job: GenerateJob) -> None:
 
 def plan(job: GenerateJob) -> None:
     """Print what would be made."""
-    from pipelines.estimate import parameters
+    from pipelines.estimate import parameters, readable
     from pipelines.evaluate.generate import read_prompts
 
     config = job.generate
@@ -46,9 +46,17 @@ def plan(job: GenerateJob) -> None:
     sizes = Counter(prompt.size for prompt in prompts)
     print(f"prompts: {len(prompts)}, " + ", ".join(f"{n} of {h} x {w}" for (h, w), n in sorted(sizes.items())))
     print(f"steps: {config.guidance.steps}, the refiner below timestep {config.guidance.handover}")
-    for name, weights in (("base", config.base), ("refiner", config.refiner)):
-        if weights is not None:
-            print(f"{name}: {parameters('unet', weights.preset):,} parameters")
+    width = 2 if config.dtype == "bfloat16" else 4
+    networks = {"base": ("unet", config.base.preset, width), "VAE": ("vae", config.vae.preset, 4)}
+    networks["text encoders"] = ("text", config.text.preset, 4)
+    if config.refiner is not None:
+        networks["refiner"] = ("unet", config.refiner.preset, width)
+    total = 0
+    for name, (kind, preset, size) in networks.items():
+        count = parameters(kind, preset)
+        total += count * size
+        print(f"{name}: {count:,} parameters")
+    print(f"memory per worker, without activations: {readable(total)}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def run_stage(job: PreprocessJob, stage: str) -> None:
             )
         seconds = time.perf_counter() - begun
         manifest = outcome.manifest
-        log_json(uri, run_id, "manifest.json", vars(manifest) | {"digest": manifest.digest})
+        log_json(uri, run_id, "manifest.json", vars(manifest))
         counts = {f"rows_{name}": float(count) for name, count in manifest.counts.items()}
         totals = {"rows": manifest.rows, "rows_made": outcome.done, "rows_failed": len(outcome.failures)}
         log_numbers(uri, run_id, counts | totals | {"seconds": seconds})
@@ -88,6 +88,8 @@ def plan(job: PreprocessJob) -> None:
         area, rows = max(h * w for h, w in table), job.encode.rows_per_file
         vae, text = parameters("vae", job.vae.preset), parameters("text", job.text.preset)
         print(f"encoders: VAE {vae:,} parameters, text {text:,}")
+        width = 2 if job.encode.dtype == "bfloat16" else 4
+        print(f"memory per encoder, without activations: {readable((vae + text) * width)}")
         print(f"memory: {readable(rows * area * 3)} of pixels for each task of {rows} images on its way")
 
 

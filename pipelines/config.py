@@ -222,6 +222,9 @@ class GuidanceConfig:
     """Sampling steps over the whole schedule."""
     scale: float = 5.0
     """Classifier-free guidance; 1 turns it off."""
+    refiner_scale: float = 1.0
+    """Guidance of the refiner, away from the encoded empty prompt as the published one expects it. Training drops text
+    to zeros, so 1, which turns it off, is right for a refiner that was trained here."""
     handover: Amount = 200
     """The refiner takes the timesteps below this one; 0 leaves the base alone."""
     aesthetic_score: float = 6.0

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -28,28 +28,31 @@ from model.vae_loss import PatchDiscriminator
 from model.weights import fingerprint as weights_fingerprint
 from model.weights import is_own, load_unet, load_vae, read_extra
 from pipelines.config import TextWeightsConfig, WeightsConfig
+from pipelines.schema import digest
 from pipelines.storage import Storage, StorageOptions
 
 WEIGHTS_FILE = "weights.safetensors"  # what a training run's output folder offers
 
 
 def unet(config: WeightsConfig, options: StorageOptions) -> UNet:
-    """The base or refiner U-Net. Raises FileNotFoundError or ValueError naming the file that does not fit."""
+    """The base or refiner U-Net, in fp32. Raises FileNotFoundError or ValueError naming the file that does not fit."""
     if config.path is None:
         return _seeded(lambda: UNet(UNET_PRESETS[config.preset]), config.seed)
     with local_file(config.path, options) as path:
-        return load_unet(path, UNET_PRESETS[config.preset])
+        return load_unet(path, UNET_PRESETS[config.preset], torch.float32)
 
 
 def vae(config: WeightsConfig, options: StorageOptions) -> VAE:
-    """The VAE. Raises FileNotFoundError or ValueError naming the file that does not fit."""
+    """The VAE, in fp32. Raises FileNotFoundError or ValueError naming the file that does not fit."""
     if config.path is None:
         return _seeded(lambda: VAE(VAE_PRESETS[config.preset]), config.seed)
     preset = VAE_PRESETS[config.preset]
     with local_file(config.path, options) as path:
         if not is_own(path):
-            return load_vae(path, preset)
-        network = load_vae(path)  # its file carries the scaling factor that was measured when it was trained
+            return load_vae(path, preset, torch.float32)
+        network = load_vae(
+            path, dtype=torch.float32
+        )  # its file carries the scaling factor that was measured when it was trained
     if replace(network.config, scaling_factor=preset.scaling_factor) != preset:
         raise ValueError(f"{config.path} holds {network.config}, and the preset {config.preset!r} is {preset}")
     return network
@@ -81,16 +84,21 @@ def discriminator(preset: str, seed: int) -> PatchDiscriminator:
 
 
 def fingerprint(vae_weights: WeightsConfig, text: TextWeightsConfig, options: StorageOptions) -> dict[str, str]:
-    """What latents depend on besides their images: the content of the VAE's and of the text encoders' weights."""
+    """What latents depend on besides their images: shape and weights of the VAE and of the text encoders."""
+    network, encoders = vae(vae_weights, options), text_encoders(text)
+    shape = asdict(network.config)
+    del shape["scaling_factor"]  # it enters in training, not in what is stored
     return {
-        "vae": weights_fingerprint(vae(vae_weights, options)),
-        "text": weights_fingerprint(text_encoders(text)),
+        "vae": digest([shape, weights_fingerprint(network)]),
+        "text": digest([asdict(encoders.config), weights_fingerprint(encoders)]),
     }
 
 
 def unet_fingerprint(config: WeightsConfig, options: StorageOptions) -> str:
-    """The content of a U-Net's weights."""
-    return weights_fingerprint(unet(config, options))
+    """The content of a U-Net's file, read without building the network."""
+    assert config.path is not None
+    with local_file(config.path, options) as path:
+        return weights_fingerprint(path)
 
 
 def unet_config(config: WeightsConfig) -> UNetConfig:

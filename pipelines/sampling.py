@@ -53,8 +53,9 @@ def refiner_denoiser(
         return {**conditions, Conditioning.AESTHETIC_SCORE: column}
 
     positive = _condition(unet, text, scored(config.aesthetic_score))
-    negative = _condition(unet, empty, scored(config.negative_aesthetic_score)) if config.scale != 1 else None
-    return denoiser(unet, diffusion, positive, negative, Guidance(config.scale))
+    guided = config.refiner_scale != 1
+    negative = _condition(unet, empty, scored(config.negative_aesthetic_score)) if guided else None
+    return denoiser(unet, diffusion, positive, negative, Guidance(config.refiner_scale))
 
 
 def generate(

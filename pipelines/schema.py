@@ -179,11 +179,8 @@ class Manifest:
     """Latents: paths of kept rows that could not be encoded, and why. They are tried again by the next run."""
     files: str
     """Name of the Parquet file that lists the data files."""
-
-    @property
-    def digest(self) -> str:
-        """The manifest's identity."""
-        return digest(asdict(self))
+    digest: str = ""
+    """The manifest's identity: the digest of its document, as it was written, in which this field is not."""
 
     @property
     def fingerprint_digest(self) -> str:
@@ -203,10 +200,12 @@ def write_manifest(dataset: Storage, files: Sequence[DataFile], **content: Any) 
     )
     name = f"files/{digest([asdict(file) for file in ordered])}.parquet"
     dataset.write_table(name, listing)
-    manifest = Manifest(rows=sum(file.rows for file in ordered), files=name, **content)
-    dataset.write_json(f"manifests/{manifest.digest}.json", asdict(manifest))
-    dataset.write_json(MANIFEST, asdict(manifest))
-    return manifest
+    document = asdict(Manifest(rows=sum(file.rows for file in ordered), files=name, **content))
+    del document["digest"]
+    identity = digest(document)
+    dataset.write_json(f"manifests/{identity}.json", document)
+    dataset.write_json(MANIFEST, document)
+    return Manifest(**document, digest=identity)
 
 
 def read_manifest(dataset: Storage, kind: str, pinned: str | None = None) -> Manifest | None:
@@ -214,7 +213,8 @@ def read_manifest(dataset: Storage, kind: str, pinned: str | None = None) -> Man
     name = f"manifests/{pinned}.json" if pinned else MANIFEST
     if not dataset.exists(name):
         return None
-    manifest = Manifest(**dataset.read_json(name))
+    document = dataset.read_json(name)
+    manifest = Manifest(**document, digest=digest(document))
     if manifest.kind != kind:
         raise ValueError(f"{dataset.uri} holds a dataset of kind {manifest.kind!r}, and {kind!r} was expected")
     version = manifest.fingerprint.get("schema")

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
 
-from jobs import generate, preprocess, train_base
-from jobs.config import GenerateJob, PreprocessJob, TrainBaseJob
+from jobs import generate, preprocess, train_base, train_refiner, train_vae
+from jobs.config import GenerateJob, PreprocessJob, TrainBaseJob, TrainingJob, TrainRefinerJob, TrainVAEJob
 from pipelines.schema import Column, data_files, require_manifest
 from pipelines.storage import TEMPORARY, Storage
 from tests.conftest import SCHEDULE, Demo, Finished, killing
@@ -86,15 +87,24 @@ def test_a_run_that_stopped_half_way_leaves_nothing_that_looks_finished(finished
     assert content(tmp_path / "latents", "latents") == content(finished.root / "latents", "latents")
 
 
-def test_training_after_a_worker_is_killed_ends_with_the_same_weights(finished: Finished, tmp_path: Path) -> None:
-    demo = copy_of(finished, tmp_path, "latents", "vae")
-    checkpointed = lambda: any((tmp_path / "base").glob("checkpoints/checkpoint_*/progress.json"))  # noqa: E731
+@pytest.mark.parametrize(
+    ("stage", "job", "kind", "more"),
+    [
+        ("vae", train_vae, TrainVAEJob, ["task.loss.adversarial_start_images=16"]),
+        ("base", train_base, TrainBaseJob, []),
+        ("refiner", train_refiner, TrainRefinerJob, ["workers.zero_stage=2"]),
+    ],
+)
+def test_training_after_a_worker_is_killed_ends_with_the_same_weights(
+    finished: Finished, tmp_path: Path, stage: str, job: ModuleType, kind: type[TrainingJob], more: list[str]
+) -> None:
+    demo = copy_of(finished, tmp_path, *(["images", "index"] if stage == "vae" else ["latents", "vae"]))
+    checkpointed = lambda: any((tmp_path / stage).glob("checkpoints/checkpoint_*/progress.json"))  # noqa: E731
     with killing("RayTrainWorker", checkpointed) as killed:
-        train_base.run(demo.load(TrainBaseJob, "train_base", *SCHEDULE))
+        job.run(demo.load(kind, f"train_{stage}", *SCHEDULE, *more))
     assert killed
-    assert_same_weights(tmp_path / "base", finished.root / "base")
-    steps = curve(tmp_path, "images_seen")
-    assert steps == [8, 16, 24, 32]  # neither a gap nor a point twice
+    assert_same_weights(tmp_path / stage, finished.root / stage)
+    assert curve(tmp_path, "images_seen", stage) == [8, 16, 24, 32]  # neither a gap nor a point twice
 
 
 def test_training_in_two_goes_equals_training_in_one(finished: Finished, tmp_path: Path) -> None:
@@ -135,9 +145,9 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
-def curve(root: Path, name: str) -> list[int]:
+def curve(root: Path, name: str, stage: str = "base") -> list[int]:
     client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("sdxl-base").experiment_id])
+    runs = client.search_runs([client.get_experiment_by_name(f"sdxl-{stage}").experiment_id])
     assert len(runs) == 1
     return [point.step for point in client.get_metric_history(runs[0].info.run_id, name)]
 

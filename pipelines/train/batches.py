@@ -135,12 +135,14 @@ class LatentReader:
         self._dataset = dataset
         self._cache: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
         self._cached_bytes = 0
+        self._lock = threading.Lock()  # sample grids read beside the read-ahead thread
 
     def read(self, rows: np.ndarray, bucket: Size, first: int) -> LatentBatch:
         """Rows [B, 2], sorted by file, as tensors in fp32."""
         parts: dict[str, list[np.ndarray]] = {}
         for number in np.unique(rows[:, 0]):
-            columns = self._file(int(number))
+            with self._lock:
+                columns = self._file(int(number))
             chosen = rows[rows[:, 0] == number, 1]
             for name, array in columns.items():
                 parts.setdefault(name, []).append(array[chosen])

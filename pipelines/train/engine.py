@@ -48,9 +48,12 @@ class Engine:
             weight_decay=optimizer.weight_decay,
             fused=workers.gpu or None,
         )
+        exact = [parameter.detach().float().cpu().clone() for parameter in network.parameters()]
         self._engine, *_ = deepspeed.initialize(
             model=network, optimizer=adamw, config=deepspeed_config(optimizer, batch, workers)
         )
+        if workers.dtype != "float32":
+            self._restore_masters(exact)
         self.ema = EMA(self._masters(), ema.halflife_images, ema.rampup) if ema else None
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -131,6 +134,13 @@ class Engine:
         if self.ema is not None:
             self.ema.load_state_dict(torch.load(target / self._ema_file(), map_location="cpu", weights_only=True))
 
+    def _restore_masters(self, exact: list[Tensor]) -> None:
+        """Give the master weights the digits that they lost: DeepSpeed rounds the network before it copies them."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for parameter, value in zip(self.network.parameters(), exact, strict=True):
+            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+
     def _masters(self) -> list[Tensor]:
         """This worker's shards of the fp32 weights."""
         return list(self._engine.optimizer.single_partition_of_fp32_groups)
@@ -158,6 +168,7 @@ def deepspeed_config(optimizer: OptimizerConfig, batch: BatchConfig, workers: Wo
         "gradient_clipping": optimizer.clip_norm,
         "zero_optimization": {"stage": workers.zero_stage},
         "bf16": {"enabled": workers.dtype == "bfloat16"},
+        "communication_data_type": "fp32",  # a sum over many workers loses digits in bf16
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }

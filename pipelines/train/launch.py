@@ -33,9 +33,21 @@ from pipelines.train.loop import Training, train_on_worker
 
 RUN = "run.json"  # what a run is: its stage, settings, pinned dataset and MLflow run; finished_images when it is done
 CHECKPOINTS = "checkpoints"
-FREE_SETTINGS = ("schedule.", "tracking.", "storage.", "ray.", "workers.max_failures", "workers.cpus")
+FREE_SETTINGS = (
+    "schedule.",
+    "tracking.",
+    "storage.",
+    "ray.",
+    "task.samples.",
+    "batch.micro_size",
+    "workers.max_failures",
+    "workers.cpus",
+    "workers.activation_checkpointing",
+)
 FREE_PATHS = ("output", "task.latents", "task.index", "task.source.path")
-"""Settings that may change when a run is resumed: by their beginning, and places, whose content is checked instead."""
+LATENTS_PATHS = ("task.vae.path", "task.text.clip_l", "task.text.bigg")
+"""Settings that may change when a run is resumed: by their beginning, and places, whose content is checked instead;
+the last are those of a run on latents, whose fingerprint covers them."""
 BOARD_POLL_SECONDS = 0.5
 
 
@@ -53,7 +65,9 @@ def train(
     output: Storage,
     settings: Mapping[str, Any],
 ) -> int:
-    """Train to schedule.images; gives the images of this call. The same call again resumes, or finds nothing to do.
+    """Train to schedule.images; gives how many more that is than were finished before: 0 if there is nothing to do.
+
+    The same call again resumes.
 
     `settings` is the job's resolved configuration. Raises ValueError where it differs from that of the run in
     `output`, or where the dataset was not made by the networks that it names.
@@ -81,7 +95,15 @@ def train(
         inputs=[Lineage(name=kind, uri=dataset.uri, manifest=manifest)],
         run_id=before["run_id"] if before and before["tracking_uri"] == uri else None,
     )
-    run = {"stage": stage, "tracking_uri": uri, "run_id": run_id, "pinned": manifest.digest, "settings": settings}
+    run: dict[str, Any] = {
+        "stage": stage,
+        "tracking_uri": uri,
+        "run_id": run_id,
+        "pinned": manifest.digest,
+        "settings": settings,
+    }
+    if done:
+        run["finished_images"] = done  # of the weights that are there, until longer training replaces them
     output.write_json(RUN, run)
     with closing(uri, run_id):
         with _board(stage, schedule.images) as board:
@@ -156,10 +178,11 @@ def _trainer(training: Training) -> TorchTrainer:
 
 def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], output: Storage) -> None:
     old, new = flat(before), flat(now)
+    free = FREE_PATHS + (LATENTS_PATHS if "task.latents" in old else ())
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(FREE_SETTINGS) and key not in FREE_PATHS
+        for key in sorted(old)  # a setting that a newer version has added is at its default
+        if key in old and old[key] != new.get(key) and not key.startswith(FREE_SETTINGS) and key not in free
     ]
     if changed:
         raise ValueError(

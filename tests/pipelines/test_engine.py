@@ -22,7 +22,7 @@ HALFLIFE = 20
 
 
 def network() -> nn.Module:
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # values that bfloat16 does not hold
     return nn.Sequential(nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 3))
 
 
@@ -66,6 +66,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         (2, 4, "bfloat16"),
     ):
         name = f"{stage}-{micro}-{dtype}"
+        start = new_engine(stage, micro, dtype).full_weights()
         shared = Path(folder, name)
         engine = train(new_engine(stage, micro, dtype), micro, rank, 0, STEPS)
         weights = engine.full_weights()
@@ -84,6 +85,7 @@ def worker(rank: int, port: int, folder: str) -> None:
             resumed_average = resumed.full_weights()
         if rank == 0:
             found = {
+                "start": start,
                 "weights": weights,
                 "average": average,
                 "inside": seen_inside,
@@ -146,6 +148,12 @@ def test_bfloat16_keeps_fp32_weights_near_those_of_fp32(trained: dict, case: str
     for ours, theirs in zip(trained[case]["weights"].values(), weights, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2)  # three decimals of bf16, through Adam
+
+
+@pytest.mark.parametrize("case", ["1-4-float32", "2-4-float32", "1-4-bfloat16", "2-4-bfloat16"])
+def test_training_starts_from_the_weights_to_the_last_digit(trained: dict, case: str) -> None:
+    for ours, theirs in zip(trained[case]["start"].values(), network().parameters(), strict=True):
+        assert torch.equal(ours, theirs.detach())
 
 
 @pytest.mark.parametrize("case", ["1-4-float32", "2-4-float32", "1-4-bfloat16", "2-4-bfloat16"])

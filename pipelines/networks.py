@@ -50,9 +50,7 @@ def vae(config: WeightsConfig, options: StorageOptions) -> VAE:
     with local_file(config.path, options) as path:
         if not is_own(path):
             return load_vae(path, preset, torch.float32)
-        network = load_vae(
-            path, dtype=torch.float32
-        )  # its file carries the scaling factor that was measured when it was trained
+        network = load_vae(path, dtype=torch.float32)  # with the scaling factor that was measured in training
     if replace(network.config, scaling_factor=preset.scaling_factor) != preset:
         raise ValueError(f"{config.path} holds {network.config}, and the preset {config.preset!r} is {preset}")
     return network

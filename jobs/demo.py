@@ -49,7 +49,10 @@ class Report:
 
     def __str__(self) -> str:
         head = f"{'stage':<16}{'rows':>10}{'seconds':>10}{'rows/s':>10}"
-        lines = [f"{name:<16}{rows:>10,}{s:>10.1f}{rows / s:>10.1f}" for name, rows, s in self.lines]
+        lines = [
+            f"{name:<16}{rows:>10,}{s:>10.1f}{rows / s:>10.1f}" if s >= 1 else f"{name:<16}{rows:>10,}   was there"
+            for name, rows, s in self.lines
+        ]
         total = f"{'total':<16}{'':>10}{sum(s for *_, s in self.lines):>10.1f}"
         return "\n".join([head, *lines, total])
 

@@ -182,11 +182,6 @@ class Manifest:
     digest: str = ""
     """The manifest's identity: the digest of its document, as it was written, in which this field is not."""
 
-    @property
-    def fingerprint_digest(self) -> str:
-        """The fingerprint's identity; names the folder of its data files."""
-        return digest(dict(self.fingerprint))[:12]
-
 
 def write_manifest(dataset: Storage, files: Sequence[DataFile], **content: Any) -> Manifest:
     """Commit `files` as the dataset: the list first, then the history, and manifest.json last."""

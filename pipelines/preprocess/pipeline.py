@@ -83,7 +83,7 @@ def build_index(
     dataset.remove_incomplete()
     table = bucket_table(buckets)
     fingerprint = {"schema": SCHEMA_VERSION, "filters": asdict(filters), "buckets": [list(size) for size in table]}
-    folder = f"data/{digest(fingerprint)[:12]}"
+    folder = _folder(fingerprint)
     inputs = list_inputs(source, source_config)
     new = missing(inputs, stored(dataset, folder))
     units = cut(new, rows_per_file)
@@ -122,7 +122,7 @@ def build_latents(
         "crop": asdict(crop),
         "dtype": encode.dtype,
     }
-    folder = f"data/{digest(made_by)[:12]}"
+    folder = _folder(made_by)
     kept = kept_rows(index, index_manifest)
     rows = missing(kept, stored(dataset, folder))
     units = cut(rows, encode.rows_per_file, _by_bucket(rows))
@@ -153,6 +153,11 @@ def build_latents(
         failures=failures,
     )
     return Outcome(manifest=manifest, done=rows.num_rows - len(failures), failures=failures)
+
+
+def _folder(fingerprint: Mapping[str, Any]) -> str:
+    """Where the data files of a fingerprint lie."""
+    return f"data/{digest(fingerprint)[:12]}"
 
 
 def _by_bucket(rows: pa.Table) -> dict[str, pa.Array]:
@@ -217,9 +222,10 @@ def _commit_index(dataset: Storage, folder: str, inputs: pa.Table, fingerprint: 
 
 
 def _first_of_each_key(rows: pa.Table) -> pa.Table:
-    seen: set[str] = set()
-    first = [not (key in seen or seen.add(key)) for key in rows.column(Column.KEY).to_pylist()]  # type: ignore[func-returns-value]
-    return rows.filter(pa.array(first, pa.bool_()))
+    first: dict[str, int] = {}
+    for row, key in enumerate(rows.column(Column.KEY).to_pylist()):
+        first.setdefault(key, row)
+    return rows.take(pa.array(first.values(), pa.int64()))
 
 
 def _commit_latents(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.ema import EMA
+from pipelines.checkpoints import ema_file
 from pipelines.config import BatchConfig, EMAConfig, OptimizerConfig, ScheduleConfig, WorkersConfig
 
 TAG = "state"  # DeepSpeed's name for the one checkpoint in a folder
@@ -123,7 +124,7 @@ class Engine:
         target.mkdir(parents=True, exist_ok=True)
         self._engine.save_checkpoint(str(target), tag=TAG)
         if self.ema is not None:
-            torch.save(self.ema.state_dict(), target / self._ema_file())
+            torch.save(self.ema.state_dict(), target / ema_file(torch.distributed.get_rank()))
 
     def load(self, folder: Path) -> None:
         """Take up a checkpoint. Raises FileNotFoundError where a part of it is missing."""
@@ -132,7 +133,8 @@ class Engine:
         if path is None:  # DeepSpeed only warns, and would train from scratch
             raise FileNotFoundError(f"{target} holds no DeepSpeed checkpoint {TAG!r}")
         if self.ema is not None:
-            self.ema.load_state_dict(torch.load(target / self._ema_file(), map_location="cpu", weights_only=True))
+            part = target / ema_file(torch.distributed.get_rank())
+            self.ema.load_state_dict(torch.load(part, map_location="cpu", weights_only=True))
 
     def _restore_masters(self, exact: list[Tensor]) -> None:
         """Give the master weights the digits that they lost: DeepSpeed rounds the network before it copies them."""
@@ -154,9 +156,6 @@ class Engine:
             master.data.copy_(average)
             average.copy_(kept)
         self._engine.optimizer.update_lp_params()
-
-    def _ema_file(self) -> str:
-        return f"ema_rank_{torch.distributed.get_rank():05}.pt"
 
 
 def deepspeed_config(optimizer: OptimizerConfig, batch: BatchConfig, workers: WorkersConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from model.config import Conditioning
 from pipelines import networks
+from pipelines.checkpoints import CHECKPOINTS
 from pipelines.config import (
     BatchConfig,
     DenoiserTaskConfig,
@@ -32,7 +33,6 @@ from pipelines.tracking import Lineage, closing, open_run, tracking_uri
 from pipelines.train.loop import Training, train_on_worker
 
 RUN = "run.json"  # what a run is: its stage, settings, pinned dataset and MLflow run; finished_images when it is done
-CHECKPOINTS = "checkpoints"
 FREE_SETTINGS = (
     "schedule.",
     "tracking.",

@@ -20,6 +20,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode
 
 from model.unet import UNet
 from model.vae import VAE
+from pipelines.checkpoints import PROGRESS
 from pipelines.config import (
     BatchConfig,
     DenoiserTaskConfig,
@@ -37,7 +38,6 @@ from pipelines.train.engine import Engine
 from pipelines.train.plan import Plan
 from pipelines.train.tasks import DenoiserTask, Loss, Task, VAETask, mean_over_workers
 
-PROGRESS = "progress.json"  # in a checkpoint: how far it is
 SAMPLED_ROWS = 8  # pictures in a row of the sample grid
 
 

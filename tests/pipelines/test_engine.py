@@ -13,7 +13,9 @@ import torch.multiprocessing
 from torch import nn
 
 from model.ema import EMA
+from pipelines.checkpoints import averaged_weights
 from pipelines.config import BatchConfig, EMAConfig, OptimizerConfig, ScheduleConfig, WorkersConfig
+from pipelines.storage import Storage
 
 STEPS, GLOBAL, WORLD = 4, 8, 2
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, warmup_images=16, decay_images=16, clip_norm=0.5)
@@ -74,6 +76,7 @@ def worker(rank: int, port: int, folder: str) -> None:
             seen_inside = [p.detach().float().clone() for p in averaged.parameters()]
             average = engine.full_weights()
         again = engine.full_weights()
+        engine.save(Path(folder, f"{name}-end"))
         half = train(new_engine(stage, micro, dtype), micro, rank, 0, STEPS // 2)
         half.save(shared)
         torch.distributed.barrier()
@@ -83,8 +86,10 @@ def worker(rank: int, port: int, folder: str) -> None:
         resumed_weights = resumed.full_weights()
         with resumed.averaged():
             resumed_average = resumed.full_weights()
+        torch.distributed.barrier()
         if rank == 0:
             found = {
+                "checkpoint": averaged_weights(Storage(f"{folder}/{name}-end"), "net", network().to("meta")),
                 "start": start,
                 "weights": weights,
                 "average": average,
@@ -172,3 +177,11 @@ def test_two_and_two_steps_equal_four(trained: dict, case: str) -> None:
     for name, average in trained[case]["average"].items():
         assert torch.equal(average, trained[case]["resumed_average"][name])
         assert torch.equal(trained[case]["weights"][name], trained[case]["resumed"][name])
+
+
+@pytest.mark.parametrize("case", ["1-4-float32", "2-4-float32", "2-2-float32", "1-4-bfloat16", "2-4-bfloat16"])
+def test_a_checkpoint_holds_the_average_for_any_reader(trained: dict, case: str) -> None:
+    found = trained[case]
+    assert found["checkpoint"].keys() == found["average"].keys()
+    for name, average in found["average"].items():
+        assert torch.equal(found["checkpoint"][name], average)

@@ -23,7 +23,7 @@ J = TypeVar("J", bound=Job)
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 USAGE_ERROR, FAILURE = 2, 1  # exit codes: nothing was started; something failed on its way
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
-PATHS = ("output", "index", "latents", "path", "file")  # settings that name a file or folder
+PATHS = ("output", "index", "latents", "path", "file", "table", "trunk", "heads")  # settings that name a file or folder
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a reported checkpoint is recorded, and a death noticed
     "TOKENIZERS_PARALLELISM": "false",
@@ -37,8 +37,18 @@ class JobError(Exception):
     """A mistake in what the user asked for, in words for the user."""
 
 
-def main(kind: type[J], run: Callable[[J], None], plan: Callable[[J], None], argv: Sequence[str] | None = None) -> None:
-    """Parse the command line into a `kind`, then `plan` it (--dry-run) or start Ray and `run` it. Ends the process."""
+def main(
+    kind: type[J],
+    run: Callable[[J], None],
+    plan: Callable[[J], None],
+    argv: Sequence[str] | None = None,
+    *,
+    needs_ray: bool = True,
+) -> None:
+    """Parse the command line into a `kind`, then `plan` it (--dry-run) or start Ray and `run` it. Ends the process.
+
+    A job without `needs_ray` runs in this process alone.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m {_module()}",
         description=kind.__doc__,
@@ -59,7 +69,8 @@ def main(kind: type[J], run: Callable[[J], None], plan: Callable[[J], None], arg
         if arguments.dry_run:
             plan(job)
         else:
-            start_ray(job)
+            if needs_ray:
+                start_ray(job)
             run(job)
     except JobError as error:
         sys.exit(_complain(str(error), FAILURE))

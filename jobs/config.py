@@ -9,11 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.config import (
     DISCRIMINATOR_PRESETS,
+    LPIPS_PRESETS,
     TEXT_PRESETS,
     UNET_PRESETS,
     VAE_PRESETS,
     Conditioning,
+    DenoiserLossConfig,
     DiffusionConfig,
+    TimestepBias,
     UNetConfig,
 )
 from pipelines.config import (
@@ -26,8 +29,8 @@ from pipelines.config import (
     EncodeConfig,
     FilterConfig,
     GenerateConfig,
-    GuidanceConfig,
     OptimizerConfig,
+    SamplingConfig,
     ScheduleConfig,
     SourceConfig,
     StageResources,
@@ -158,6 +161,19 @@ class TrainVAEJob(TrainingJob):
     def _check_task(self) -> Self:
         _preset("task.vae.preset", self.task.vae.preset, VAE_PRESETS)
         _preset("task.discriminator", self.task.discriminator, DISCRIMINATOR_PRESETS)
+        loss, lpips = self.task.loss, self.task.lpips
+        for name in ("perceptual_weight", "kl_weight", "adversarial_weight", "adversarial_start_images"):
+            if not 0 <= getattr(loss, name) < float("inf"):
+                raise ValueError(f"task.loss.{name}: {getattr(loss, name)} is negative or not finite")
+        if lpips is not None:
+            _preset("task.lpips.preset", lpips.preset, LPIPS_PRESETS)
+            for name in ("trunk", "heads"):
+                path = getattr(lpips, name)
+                if not path.endswith(".safetensors") and not lpips.allow_pickle:
+                    raise ValueError(
+                        f"task.lpips.{name}: {path!r} is no .safetensors file; set task.lpips.allow_pickle to take the "
+                        "tensors of a pickle"
+                    )
         return self
 
 
@@ -175,14 +191,10 @@ class TrainDenoiserJob(TrainingJob):
         _text("task.text", task.text)
         _fits_text("task.unet.preset", UNET_PRESETS[task.unet.preset], task.text)
         _range("task.loss.timesteps", task.loss.timesteps, task.diffusion)
-        for name in ("text_dropout", "size_dropout"):
-            if not 0 <= getattr(task.loss, name) <= 1:
-                raise ValueError(f"task.loss.{name}: {getattr(task.loss, name)} is no chance between 0 and 1")
-        if task.loss.offset_noise < 0:
-            raise ValueError(f"task.loss.offset_noise: {task.loss.offset_noise} is negative")
+        _denoiser_loss("task.loss", task.loss)
         if task.vae.path is None:
             raise ValueError("task.vae.path: name the VAE that made the latents")
-        _guidance("task.samples", task.samples, task.diffusion)
+        _sampling("task.samples", task.samples, task.diffusion)
         return self
 
 
@@ -199,7 +211,7 @@ class TrainRefinerJob(TrainDenoiserJob):
 
     @model_validator(mode="after")
     def _check_network(self) -> Self:
-        if self.task.samples.handover == 0:
+        if self.task.samples.refiner == "ensemble" and self.task.samples.handover == 0:
             raise ValueError("task.samples.handover: the refiner's pictures need a timestep to start from")
         return _conditioned_on(self, Conditioning.AESTHETIC_SCORE, "the refiner")
 
@@ -235,16 +247,63 @@ class GenerateJob(Job):
                         f"generate.prompts.size: {side} is not a multiple of {down * unet.downsample}, "
                         f"the reduction of VAE and {name}"
                     )
-        named = [bool(config.prompts.texts), config.prompts.file is not None, config.prompts.index is not None]
+        prompts = config.prompts
+        named = [bool(prompts.texts), *(source is not None for source in (prompts.file, prompts.table, prompts.index))]
         if sum(named) != 1:
-            raise ValueError("generate.prompts: give exactly one of texts, file and index")
+            raise ValueError("generate.prompts: give exactly one of texts, file, table and index")
         diffusion = config.diffusion or DiffusionConfig()
-        _guidance("generate.guidance", config.guidance, diffusion)
-        if config.guidance.handover == diffusion.num_timesteps:
-            raise ValueError(f"generate.guidance.handover: {config.guidance.handover} leaves no timestep to the base")
+        _sampling("generate.sampling", config.sampling, diffusion)
+        if config.sampling.refiner == "ensemble" and config.sampling.handover == diffusion.num_timesteps:
+            raise ValueError(f"generate.sampling.handover: {config.sampling.handover} leaves no timestep to the base")
         for name, weights in (("base", config.base), ("refiner", config.refiner), ("vae", config.vae)):
             if weights is not None and weights.path is None:
                 raise ValueError(f"generate.{name}.path: is missing; pictures need trained weights")
+        return self
+
+
+class ExportJob(Job):
+    """Write a trained model in a public layout. Needs no Ray, and starts none."""
+
+    output: str
+    """What is written: a .safetensors file, or a folder for "diffusers"; local or s3://. Nothing may be there yet."""
+    layout: Literal["single_file", "diffusers"]
+    """One file that holds every network, or a diffusers pipeline's folder."""
+    unet: WeightsConfig
+    """The base or the refiner; a training run's folder offers its averaged weights."""
+    vae: WeightsConfig
+    """The VAE."""
+    text: TextWeightsConfig
+    """The text encoders; a refiner needs bigg alone."""
+    diffusion: DiffusionConfig | None = None
+    """The noise schedule; None takes the one that the U-Net's file says it was trained with, or else the published."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type of the written weights."""
+    resolution: Count = 1024
+    """Side of the pictures that a diffusers pipeline makes where none is asked for, pixels."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _preset("unet.preset", self.unet.preset, UNET_PRESETS)
+        _preset("vae.preset", self.vae.preset, VAE_PRESETS)
+        _preset("text.preset", self.text.preset, TEXT_PRESETS)
+        unet = UNET_PRESETS[self.unet.preset]
+        _fits_text("unet.preset", unet, self.text)
+        for name in ("unet", "vae"):
+            if getattr(self, name).path is None:
+                raise ValueError(f"{name}.path: is missing; an export needs trained weights")
+        text, refiner = self.text, Conditioning.AESTHETIC_SCORE in unet.conditioning
+        named = text.bigg is not None and (refiner or text.clip_l is not None)
+        if (text.seed is None and not named) or (text.seed is not None and (text.clip_l or text.bigg)):
+            needed = "bigg" if refiner else "both clip_l and bigg"
+            raise ValueError(f"text: name {needed}, or give a seed for random weights")
+        if self.output.endswith(".safetensors") != (self.layout == "single_file"):
+            expected = "a .safetensors file" if self.layout == "single_file" else "a folder"
+            raise ValueError(f"output: {self.output} is no name of {expected}, which layout {self.layout!r} writes")
+        reduction = VAE_PRESETS[self.vae.preset].downsample * unet.downsample
+        if self.resolution % reduction:
+            raise ValueError(
+                f"resolution: {self.resolution} is not a multiple of {reduction}, the reduction of VAE and U-Net"
+            )
         return self
 
 
@@ -276,17 +335,43 @@ def _text(key: str, text: TextWeightsConfig) -> None:
             raise ValueError(f"{key}: {name}: text encoders load from a local path or a name, not from s3://")
 
 
-def _guidance(key: str, guidance: GuidanceConfig, diffusion: DiffusionConfig) -> None:
-    if guidance.steps > diffusion.num_timesteps:
-        raise ValueError(f"{key}.steps: {guidance.steps} of {diffusion.num_timesteps} timesteps")
-    if guidance.handover > diffusion.num_timesteps:
-        raise ValueError(f"{key}.handover: {guidance.handover} of {diffusion.num_timesteps} timesteps")
+def _sampling(key: str, sampling: SamplingConfig, diffusion: DiffusionConfig) -> None:
+    if sampling.steps > diffusion.num_timesteps:
+        raise ValueError(f"{key}.steps: {sampling.steps} of {diffusion.num_timesteps} timesteps")
+    if sampling.handover > diffusion.num_timesteps:
+        raise ValueError(f"{key}.handover: {sampling.handover} of {diffusion.num_timesteps} timesteps")
+    if sampling.refiner == "sdedit" and int(sampling.steps * sampling.strength) < 1:
+        raise ValueError(f"{key}.strength: {sampling.strength} of {sampling.steps} steps leaves none")
 
 
 def _range(key: str, timesteps: tuple[int, int], diffusion: DiffusionConfig) -> None:
     first, end = timesteps
     if not 0 <= first < end <= diffusion.num_timesteps:
         raise ValueError(f"{key}: [{first}, {end}] does not lie inside the schedule's {diffusion.num_timesteps}")
+
+
+def _denoiser_loss(key: str, loss: DenoiserLossConfig) -> None:
+    infinite, bias = float("inf"), loss.timestep_bias
+    for name in ("caption_dropout", "text_dropout", "size_dropout"):
+        if not 0 <= getattr(loss, name) <= 1:
+            raise ValueError(f"{key}.{name}: {getattr(loss, name)} is no chance between 0 and 1")
+    if not 0 <= loss.offset_noise < infinite:
+        raise ValueError(f"{key}.offset_noise: {loss.offset_noise} is negative or not finite")
+    if loss.min_snr_gamma is not None and not 0 < loss.min_snr_gamma < infinite:
+        raise ValueError(f"{key}.min_snr_gamma: {loss.min_snr_gamma} is not positive and finite")
+    if not 0 < bias.multiplier < infinite:
+        raise ValueError(f"{key}.timestep_bias.multiplier: {bias.multiplier} is not positive and finite")
+    if not 0 < bias.portion <= 1:
+        raise ValueError(f"{key}.timestep_bias.portion: {bias.portion} is no share above 0 and up to 1")
+    if (bias.strategy is TimestepBias.RANGE) != (bias.range is not None):
+        raise ValueError(f"{key}.timestep_bias.range: is {bias.range} with the strategy {bias.strategy.value!r}")
+    if loss.biased_timesteps is not None:
+        (first, end), (lowest, highest) = loss.biased_timesteps, loss.timesteps
+        if not lowest <= first < end <= highest:
+            raise ValueError(
+                f"{key}.timestep_bias: biases the timesteps [{first}, {end}], which are none or not all among those "
+                f"that are drawn, [{lowest}, {highest}]"
+            )
 
 
 def _fits_text(key: str, unet: UNetConfig, text: TextWeightsConfig) -> None:

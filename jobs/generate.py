@@ -14,7 +14,7 @@ from pipelines.tracking import Lineage, closing, log_numbers, log_picture, open_
 
 def run(job: GenerateJob) -> None:
     """Make the pictures that are not there yet."""
-    from pipelines.evaluate.generate import SHEET, generate_pictures
+    from pipelines.evaluate.generate import generate_pictures
 
     config, output = job.generate, Storage(job.output, job.storage)
     inputs = []
@@ -27,25 +27,28 @@ def run(job: GenerateJob) -> None:
     )
     begun = time.perf_counter()
     with closing(uri, run_id):
-        manifest = generate_pictures(config, output)
+        done = generate_pictures(config, output)
         seconds = time.perf_counter() - begun
-        log_picture(uri, run_id, SHEET, output.read(SHEET))
-        log_numbers(uri, run_id, {"pictures_made": manifest["made"], "seconds": seconds})
-    print(
-        f"generate: {manifest['made']} of {len(manifest['pictures'])} pictures made in {seconds:.1f} s, in {job.output}"
-    )
+        for sheet in done.sheets:
+            log_picture(uri, run_id, sheet, output.read(sheet))
+        log_numbers(uri, run_id, {"pictures_made": done.made, "seconds": seconds})
+    print(f"generate: {done.made} of {len(done.pictures)} pictures made in {seconds:.1f} s, in {job.output}")
 
 
 def plan(job: GenerateJob) -> None:
     """Print what would be made."""
     from pipelines.estimate import parameters, readable
-    from pipelines.evaluate.generate import read_prompts
+    from pipelines.evaluate.generate import checked_prompts
 
-    config = job.generate
-    prompts = read_prompts(config.prompts, job.storage)
+    config, sampling = job.generate, job.generate.sampling
+    prompts = checked_prompts(config, job.storage)
     sizes = Counter(prompt.size for prompt in prompts)
     print(f"prompts: {len(prompts)}, " + ", ".join(f"{n} of {h} x {w}" for (h, w), n in sorted(sizes.items())))
-    print(f"steps: {config.guidance.steps}, the refiner below timestep {config.guidance.handover}")
+    print(f"sampler: {sampling.sampler}, {sampling.steps} steps, {sampling.spacing}, guidance {sampling.scale}")
+    if config.refiner is not None:
+        ensemble = f"takes over below timestep {sampling.handover}"
+        again = f"goes back over the last {sampling.strength:.0%} of the steps"
+        print(f"refiner: {ensemble if sampling.refiner == 'ensemble' else again}, guidance {sampling.refiner_scale}")
     width = 2 if config.dtype == "bfloat16" else 4
     networks = {"base": ("unet", config.base.preset, width), "VAE": ("vae", config.vae.preset, 4)}
     networks["text encoders"] = ("text", config.text.preset, 4)

@@ -53,6 +53,8 @@ def plan_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
             "vae": parameters("vae", job.task.vae.preset),
             "discriminator": parameters("discriminator", job.task.discriminator),
         }
+    if isinstance(job, TrainVAEJob) and job.task.lpips is None:
+        print(f"{stage}: no perceptual term, since task.lpips names no weights")
     print(f"{stage}: {rows} rows; " + ", ".join(f"{count} {name}" for name, count in manifest.counts.items()))
     _print_steps(job, rows)
     for name, count in networks.items():

@@ -7,7 +7,7 @@ Imports only the standard library, so that a job can check its settings without 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -16,6 +16,23 @@ class PredictionType(StrEnum):
 
     EPSILON = "epsilon"
     V = "v"
+
+
+class SamplerName(StrEnum):
+    """How a step goes from one noise level to the next; model/sampler.py has the equations."""
+
+    EULER = "euler"
+    EULER_ANCESTRAL = "euler_ancestral"  # adds fresh noise at every step
+    DPMPP_2M = "dpmpp_2m"  # second order: the step before helps
+    DDIM = "ddim"  # adds none at eta 0, and all that DDPM adds at eta 1
+
+
+class Spacing(StrEnum):
+    """Where the noise levels of a run lie on the schedule."""
+
+    LEADING = "leading"  # evenly spaced timesteps that leave out the noisiest: the published pipeline's
+    TRAILING = "trailing"  # evenly spaced timesteps from the noisiest on (arXiv 2305.08891, 3.3)
+    KARRAS = "karras"  # sigmas evenly spaced in their seventh root (arXiv 2206.00364, eq. 5)
 
 
 class Conditioning(StrEnum):
@@ -188,26 +205,107 @@ class DiffusionConfig:
     """Last beta."""
     prediction_type: PredictionType = PredictionType.EPSILON
     """What the U-Net predicts."""
+    zero_terminal_snr: bool = False
+    """Whether the last timestep is pure noise (arXiv 2305.08891, algorithm 1), so that pictures can be dark or bright
+    as a whole. SDXL's own schedule keeps a signal there. Needs V: the noise alone says nothing about the image."""
+
+    def __post_init__(self) -> None:
+        if self.zero_terminal_snr and self.prediction_type is PredictionType.EPSILON:
+            raise ValueError(
+                f"zero_terminal_snr needs prediction_type {PredictionType.V.value!r}: at a signal of 0, "
+                f"{self.prediction_type.value!r} leaves the image undefined"
+            )
+
+
+class TimestepBias(StrEnum):
+    """Which of the drawn timesteps are drawn more often than the others, or less."""
+
+    NONE = "none"
+    EARLIER = "earlier"  # the lowest ones, of little noise
+    LATER = "later"  # the highest ones, of much noise
+    RANGE = "range"  # those of a given range
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimestepBiasConfig:
+    """Timesteps of unequal chance, with the names of the open SDXL trainers. The paper draws them uniformly (SDXL 2.5).
+
+    The loss does not make up for it: what is drawn more often counts for more.
+    """
+
+    strategy: TimestepBias = TimestepBias.NONE
+    """Which timesteps are biased."""
+    multiplier: float = 1.0
+    """How many times as often one of them is drawn as one of the others; below 1 it is drawn less often."""
+    portion: float = 0.25
+    """Share of the drawn range that "earlier" and "later" bias."""
+    range: tuple[int, int] | None = None
+    """First and one past the last timestep that "range" biases."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserLossConfig:
-    """How noise and conditioning are drawn for one training step of base or refiner."""
+    """How noise, timesteps and conditioning are drawn for one training step of base or refiner, and the loss's weight.
+
+    Published are the uniform timesteps, the refiner's range and the offset noise (SDXL 2.5). SDXL's dropout rates are
+    not; sizes and text were dropped as zeros, each of an embedder's outputs by itself.
+    """
 
     timesteps: tuple[int, int] = (0, 1000)
     """First and one past the last timestep that are drawn; the refiner's expert range is (0, 200) (SDXL 2.5)."""
+    timestep_bias: TimestepBiasConfig = field(default_factory=TimestepBiasConfig)
+    """Which of them are drawn more often."""
     offset_noise: float = 0.0
     """Level of the noise shared by a whole channel; the paper's last base stage uses 0.05."""
-    text_dropout: float = 0.1
-    """Chance that the context, and independently the pooled text, is zeroed. Unpublished; 0.1 is the open default."""
+    min_snr_gamma: float | None = None
+    """Signal-to-noise ratio above which timesteps weigh less (arXiv 2303.09556, which takes 5); None weighs all alike,
+    as SDXL does. With V, a timestep weighs no more than its alphas_cumprod: nothing at a signal of 0."""
+    caption_dropout: float = 0.1
+    """Chance that all text is zeroed in one draw: what guidance takes for "no text". Unpublished; 0.1 is the open
+    default."""
+    text_dropout: float = 0.0
+    """Chance that one text output is zeroed, drawn for CLIP-L's tokens, bigG's tokens and the pooled text apart, on top
+    of caption_dropout. Unpublished; 0.1 trains guidance only together with caption_dropout."""
     size_dropout: float = 0.0
     """Chance that one size embedding is zeroed. Unpublished; 0 is the open default."""
+
+    @property
+    def biased_timesteps(self) -> tuple[int, int] | None:
+        """First and one past the last of the timesteps that timestep_bias names; None where it names none."""
+        bias, (first, end) = self.timestep_bias, self.timesteps
+        width = round(bias.portion * (end - first))
+        if bias.strategy is TimestepBias.EARLIER:
+            return first, first + width
+        if bias.strategy is TimestepBias.LATER:
+            return end - width, end
+        return bias.range if bias.strategy is TimestepBias.RANGE else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LPIPSConfig:
+    """The network that compares images as people do (arXiv 1801.03924): VGG's convolutions up to its fifth pooling."""
+
+    channels: tuple[int, ...] = (64, 128, 256, 512, 512)
+    """Channels of each level; each but the first halves the resolution before it begins."""
+    convolutions: tuple[int, ...] = (2, 2, 3, 3, 3)
+    """Convolutions of each level; its last activations are compared."""
+
+    def __post_init__(self) -> None:
+        if len(self.channels) != len(self.convolutions):
+            raise ValueError(f"channels {self.channels} and convolutions {self.convolutions} differ in length")
+
+    @property
+    def least_side(self) -> int:
+        """Shortest side of an image, in pixels, that every level can still see."""
+        return 2 ** (len(self.channels) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAELossConfig:
     """Weights of the VAE's loss. The paper publishes none; the defaults are latent diffusion's kl-f8."""
 
+    perceptual_weight: float = 1.0
+    """Weight of the perceptual distance, per pixel and channel; it counts where the task names the weights of LPIPS."""
     kl_weight: float = 1e-6
     """Weight of the divergence from a unit Gaussian, summed over the latent's elements."""
     adversarial_weight: float = 0.5
@@ -301,4 +399,9 @@ VAE_PRESETS: Mapping[str, VAEConfig] = {
 DISCRIMINATOR_PRESETS: Mapping[str, DiscriminatorConfig] = {
     "sdxl": DiscriminatorConfig(),
     "tiny": DiscriminatorConfig(channels=16, layers=2, norm_groups=8),
+}
+
+LPIPS_PRESETS: Mapping[str, LPIPSConfig] = {
+    "vgg16": LPIPSConfig(),
+    "tiny": LPIPSConfig(channels=(4, 8, 8), convolutions=(1, 1, 1)),
 }

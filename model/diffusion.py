@@ -1,4 +1,4 @@
-"""The noise schedule, what the U-Net learns to predict, and the random draws of a training step.
+"""The noise schedule, what the U-Net learns to predict, and random numbers that follow from an image's number.
 
 With a = alphas_cumprod[t], the noisy latents are sqrt(a) x0 + sqrt(1 - a) noise (arXiv 2006.11239, eq. 4), and the
 prediction is the noise or v = sqrt(a) noise - sqrt(1 - a) x0 (arXiv 2202.00512). Since the pair (noisy, v) is the pair
@@ -12,26 +12,34 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from model.config import DenoiserLossConfig, DiffusionConfig, PredictionType
+from model.config import DiffusionConfig, PredictionType
+
+LEAST_ALPHA_CUMPROD = 2.0**-24
+"""What `sigmas` take for a signal of zero; the published schedules stay far above it."""
 
 
 class Diffusion:
     """The schedule of a DiffusionConfig, computed in fp64 and kept in fp32 on `device`.
 
-    `alphas_cumprod` and `sigmas`, the noise's standard deviation over the signal's factor, are [num_timesteps].
+    `alphas_cumprod` and `sigmas`, the noise's standard deviation over the signal's factor, are [num_timesteps]. With
+    zero_terminal_snr the last of alphas_cumprod is exactly 0, and add_noise, target and predict_x0 are exact there;
+    the last of sigmas is not infinite but 4096, from alphas_cumprod held at 2**-24 or more, as published samplers
+    that divide by sigma have it.
     """
 
     def __init__(self, config: DiffusionConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         root = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_timesteps, dtype=torch.float64)
         alphas_cumprod = torch.cumprod(1.0 - root.square(), dim=0)
+        if config.zero_terminal_snr:
+            alphas_cumprod = _to_zero_terminal_snr(alphas_cumprod)
+        visible = alphas_cumprod.clamp(min=LEAST_ALPHA_CUMPROD)
         self.alphas_cumprod = alphas_cumprod.to(device, torch.float32)
-        self.sigmas = ((1.0 - alphas_cumprod) / alphas_cumprod).sqrt().to(device, torch.float32)
+        self.sigmas = ((1.0 - visible) / visible).sqrt().to(device, torch.float32)
         self._signal = alphas_cumprod.sqrt().to(device, torch.float32)
         self._noise = (1.0 - alphas_cumprod).sqrt().to(device, torch.float32)
 
@@ -68,76 +76,19 @@ class Diffusion:
         return self._signal[index].to(like.device).view(shape), self._noise[index].to(like.device).view(shape)
 
 
-def denoiser_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared error [B] in fp32, mean over channels and pixels (arXiv 2006.11239, eq. 14)."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Everything random in one training step of base or refiner, one row per image."""
-
-    posterior_noise: Tensor  # [B,C,h,w] picks the latents from the VAE's posterior
-    noise: Tensor  # [B,C,h,w] unit Gaussian, before offset noise
-    timesteps: Tensor  # [B] int64
-    channel_noise: Tensor  # [B,C,1,1] unit Gaussian, for offset noise
-    keep_context: Tensor  # [B] bool, False where the context is dropped
-    keep_pooled: Tensor  # [B] bool, False where the pooled text is dropped
-    keep_sizes: Tensor  # [B, conditions] bool, False where a size embedding is dropped
-
-
-def draw(  # noqa: PLR0917 (its arguments are the coordinates of a draw)
-    seed: int,
-    first: int,
-    count: int,
-    shape: Sequence[int],
-    loss: DenoiserLossConfig,
-    conditions: int,
-    device: torch.device | str = "cpu",
-) -> Draws:
-    """Draws for the images `first` to `first + count - 1` of a run, counted over all workers since its start.
-
-    `shape` is one sample's (C, h, w). Row k depends on (seed, first + k) alone, so that a run that was resumed, or
-    split over another number of workers, draws what an unbroken one draws. Numbers come from the CPU's generator on
-    every device; the small ones come first, so they do not depend on the latents' size.
-    """
-    rows = []
-    for index in range(first, first + count):
-        generator = _generator("denoiser", seed, index)
-        timestep = torch.randint(*loss.timesteps, (), generator=generator)
-        chances = torch.rand(2 + conditions, generator=generator)
-        channel_noise = torch.randn(shape[0], 1, 1, generator=generator)
-        posterior_noise = torch.randn(*shape, generator=generator)
-        noise = torch.randn(*shape, generator=generator)
-        rows.append(
-            Draws(
-                posterior_noise=posterior_noise,
-                noise=noise,
-                timesteps=timestep,
-                channel_noise=channel_noise,
-                keep_context=chances[0] >= loss.text_dropout,
-                keep_pooled=chances[1] >= loss.text_dropout,
-                keep_sizes=chances[2:] >= loss.size_dropout,
-            )
-        )
-    return Draws(**{f.name: torch.stack([getattr(row, f.name) for row in rows]).to(device) for f in fields(Draws)})
-
-
-def offset_noise(noise: Tensor, level: float, draws: Draws) -> Tensor:
-    """`noise` [B,C,h,w] plus `level` times one draw per sample and channel (SDXL 2.5; its last stage uses 0.05).
-
-    A shift that a whole channel shares lets the network learn images that are dark or bright as a whole.
-    """
-    return noise + level * draws.channel_noise.to(noise)
+def _to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """The schedule whose signal's factor is shifted to end at 0 and scaled to begin as it did (2305.08891, alg. 1)."""
+    signal = alphas_cumprod.sqrt()
+    return ((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))).square()
 
 
 def gaussian(seed: int, first: int, count: int, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Unit Gaussian noise [count, *shape]; row k depends on (seed, first + k) alone, as in `draw`."""
-    rows = [torch.randn(*shape, generator=_generator("gaussian", seed, first + k)) for k in range(count)]
+    """Unit Gaussian noise [count, *shape]; row k depends on (seed, first + k) alone."""
+    rows = [torch.randn(*shape, generator=generator("gaussian", seed, first + k)) for k in range(count)]
     return torch.stack(rows).to(device)
 
 
-def _generator(purpose: str, seed: int, index: int) -> torch.Generator:
-    """A generator for one sample; the hash makes neighbouring indices and seeds unrelated."""
+def generator(purpose: str, seed: int, index: int) -> torch.Generator:
+    """The CPU's generator of one sample, for one purpose; the hash makes neighbouring indices and seeds unrelated."""
     digest = hashlib.blake2b(struct.pack("<qq", seed, index), digest_size=8, person=purpose.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))

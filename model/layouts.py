@@ -1,4 +1,4 @@
-"""The two public layouts of SDXL's networks: a single file with prefixes, and a diffusers folder.
+"""The two public layouts of U-Net and VAE: a single file with prefixes, and a diffusers folder with its config.json.
 
 Our own names are the single file's. The diffusers layout names the same tensors otherwise; only the VAE's attention
 has other shapes there, a matrix [C,C] for a 1 x 1 convolution [C,C,1,1]. Both ways are exact to the bit.
@@ -6,69 +6,46 @@ has other shapes there, a matrix [C,C] for a 1 x 1 convolution [C,C,1,1]. Both w
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from model.config import UNetConfig, VAEConfig
+from model.tensors import Stored, check_keys, shapes
 from model.unet import UNet
 from model.vae import VAE
-from model.weights import PREFIXES, Kind, check_keys, save_atomically, shapes
 
-WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"  # files of a diffusers folder
+T = TypeVar("T", Tensor, Stored)
 
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."  # in a single file
 
-def save_single_file(path: str | os.PathLike[str], states: Mapping[Kind, Mapping[str, Tensor]]) -> None:
-    """Write the state dicts of a U-Net, a VAE or both into one file of the published layout, without text encoders."""
-    tensors = {PREFIXES[kind] + key: value for kind, state in states.items() for key, value in state.items()}
-    save_atomically(path, tensors, {"format": "pt"})
+# diffusers names of the VAE's attention before its version 0.13, which older folders still hold
+OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-def save_diffusers(folder: str | os.PathLike[str], state: Mapping[str, Tensor], config: UNetConfig | VAEConfig) -> None:
-    """Write a state dict as a diffusers model folder: weights and config.json."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_atomically(folder / WEIGHTS, to_diffusers(state, config), {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(diffusers_config(config), indent=2) + "\n")
-
-
-def load_diffusers(folder: str | os.PathLike[str], config: UNetConfig | VAEConfig) -> UNet | VAE:
-    """The network of a diffusers model folder, in the file's dtype.
-
-    Raises ValueError where config.json says otherwise than `config`, and for every key that does not fit.
-    """
-    folder = Path(folder)
-    found = json.loads((folder / CONFIG).read_text())
-    expected = _decisive(config)
-    expected.pop("transformer_layers_per_block", None)  # a number or a list; the keys below tell the depths anyway
-    wrong = {key: (found[key], value) for key, value in expected.items() if found.get(key, value) != value}
-    if wrong:
-        raise ValueError(f"{folder / CONFIG} (found, expected): {wrong}")
-    module = _on_meta(config)
-    module.load_state_dict(from_diffusers(load_file(folder / WEIGHTS), config), assign=True)
-    return module.requires_grad_(True)
-
-
-def to_diffusers(state: Mapping[str, Tensor], config: UNetConfig | VAEConfig) -> dict[str, Tensor]:
+def to_diffusers(state: Mapping[str, T], config: UNetConfig | VAEConfig) -> dict[str, T]:
     """A state dict of ours in diffusers' names and shapes. Raises ValueError for keys that do not fit `config`."""
-    expected = _on_meta(config).state_dict()
-    check_keys("the state dict", shapes(state), shapes(expected))
-    return {_renamed(key, config): value[:, :, 0, 0] if _is_matrix(key) else value for key, value in state.items()}
+    check_keys("the state dict", shapes(state), shapes(on_meta(config).state_dict()))
+    return {
+        _renamed(key, config): value.reshape(*value.shape[:2]) if _is_matrix(key) else value
+        for key, value in state.items()
+    }
 
 
-def from_diffusers(state: Mapping[str, Tensor], config: UNetConfig | VAEConfig) -> dict[str, Tensor]:
-    """A diffusers state dict in our names and shapes. Raises ValueError for keys that do not fit `config`."""
-    own = _on_meta(config).state_dict()
-    check_keys("the diffusers weights", shapes(state), shapes(to_diffusers(own, config)))
+def from_diffusers(
+    state: Mapping[str, T], config: UNetConfig | VAEConfig, what: str = "the diffusers weights"
+) -> dict[str, T]:
+    """A diffusers state dict in our names and shapes. Raises ValueError for keys of `what` that do not fit `config`."""
+    if isinstance(config, VAEConfig):
+        state = {_modern(key): value for key, value in state.items()}
+    own = on_meta(config).state_dict()
+    check_keys(what, shapes(state), shapes(to_diffusers(own, config)))
     tensors = {key: state[_renamed(key, config)] for key in own}
-    return {key: value[:, :, None, None] if _is_matrix(key) else value for key, value in tensors.items()}
+    return {key: value.reshape(*value.shape, 1, 1) if _is_matrix(key) else value for key, value in tensors.items()}
 
 
 def diffusers_config(config: UNetConfig | VAEConfig) -> dict[str, Any]:
@@ -86,6 +63,41 @@ def diffusers_config(config: UNetConfig | VAEConfig) -> dict[str, Any]:
         "freq_shift": 0,
         "downsample_padding": 1,
     }
+
+
+def agreed_config(found: Mapping[str, Any], config: UNetConfig | VAEConfig, what: str) -> UNetConfig | VAEConfig:
+    """`config` where a diffusers config.json says the same; a VAE's scaling factor is the one found there.
+
+    Raises ValueError that names every entry of `what` that says otherwise.
+    """
+    expected = diffusers_config(config)
+    expected.pop("transformer_layers_per_block", None)  # unused at levels without attention; the keys tell the depths
+    if isinstance(config, VAEConfig):
+        if "scaling_factor" not in found:
+            raise ValueError(f"{what} has no scaling_factor")
+        config = replace(config, scaling_factor=found["scaling_factor"])
+        del expected["scaling_factor"]
+        del expected["force_upcast"]  # about fp16, not about what is computed
+        expected |= {"shift_factor": None, "latents_mean": None, "latents_std": None}
+    else:
+        expected |= {"num_attention_heads": None, "resnet_time_scale_shift": "default"}
+    wrong = {
+        key: (found[key], value)
+        for key, value in expected.items()
+        if key in found and _spread(found[key], value) != value
+    }
+    if wrong:
+        raise ValueError(f"{what} (found, expected): {wrong}")
+    return config
+
+
+def _spread(found: Any, expected: Any) -> Any:
+    """A value as a list or as a number, as `expected` is: diffusers takes both, one number for all levels."""
+    if isinstance(expected, list) and not isinstance(found, list | tuple):
+        return [found] * len(expected)
+    if not isinstance(expected, list) and isinstance(found, list | tuple) and len(set(found)) == 1:
+        return found[0]
+    return list(found) if isinstance(found, tuple) else found
 
 
 def _decisive(config: UNetConfig | VAEConfig) -> dict[str, Any]:
@@ -192,6 +204,14 @@ def _is_matrix(key: str) -> bool:
     return ".attn_1." in key and ".norm." not in key and key.endswith("weight")
 
 
-def _on_meta(config: UNetConfig | VAEConfig) -> UNet | VAE:
+def _modern(key: str) -> str:
+    if ".attentions." in key:
+        for old, new in OLD_ATTENTION.items():
+            key = key.replace(old, new)
+    return key
+
+
+def on_meta(config: UNetConfig | VAEConfig) -> UNet | VAE:
+    """The network without memory for its weights."""
     with torch.device("meta"):
         return VAE(config) if isinstance(config, VAEConfig) else UNet(config)

@@ -9,19 +9,17 @@ B batch, T tokens (77), D width of both towers together, P width of the pooled t
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from model.config import CONTEXT_LENGTH, END_OF_TEXT, START_OF_TEXT, VOCABULARY, TextConfig, TextTowerConfig
-from model.weights import check_keys, shapes
+from model.tensors import State, Stored, check_keys, fill, shapes, stored
+from model.text_weights import LOGIT_SCALE, TEXT_MODEL, read_bigg, read_clip_l
 
 # open_clip and transformers take seconds to import, so the functions that need them import them.
 
@@ -53,7 +51,7 @@ def tokenize(captions: Sequence[str], config: TextConfig) -> Tokens:
     """
     if isinstance(captions, str):
         raise TypeError("captions is one string; expected a sequence of them")
-    tokenizer = _tokenizer()
+    tokenizer = open_clip_tokenizer()
     clip_l = torch.full((len(captions), CONTEXT_LENGTH), config.clip_l.pad_token, dtype=torch.int64)
     bigg = torch.full((len(captions), CONTEXT_LENGTH), config.bigg.pad_token, dtype=torch.int64)
     for row, caption in enumerate(captions):
@@ -110,27 +108,74 @@ def random_text_encoders(config: TextConfig, seed: int) -> TextEncoders:
 
 
 def load_text_encoders(
-    config: TextConfig, clip_l: str, bigg: str, allow_pickle: bool = False, dtype: torch.dtype = torch.float32
+    config: TextConfig,
+    clip_l: str,
+    bigg: str,
+    *,
+    allow_pickle: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> TextEncoders:
     """The published encoders, in `dtype`.
 
-    `clip_l`: a transformers folder or hub name of a CLIP text model, e.g. "openai/clip-vit-large-patch14".
-    `bigg`: an open_clip weights file; or "model:tag" of open_clip, e.g. "ViT-bigG-14:laion2b_s39b_b160k"; or a
-    transformers folder or hub name of a CLIPTextModelWithProjection. Only safetensors are read, unless `allow_pickle`,
+    `clip_l`: a published single file of the base, a diffusers pipeline's folder, a transformers folder or hub name of a
+    CLIP text model, e.g. "openai/clip-vit-large-patch14".
+    `bigg`: any of these, of base or refiner, and of a CLIPTextModelWithProjection; or an open_clip weights file; or
+    "model:tag" of open_clip, e.g. "ViT-bigG-14:laion2b_s39b_b160k". Only safetensors are read, unless `allow_pickle`,
     and then without code (weights_only). Raises ValueError where weights and config disagree.
     """
+    states = read_text(config, clip_l, bigg, allow_pickle)
+    states["bigg"].pop(LOGIT_SCALE, None)
+    encoders = _on_meta(config)
+    fill(encoders.clip_l, _named_as(encoders.clip_l, states["clip_l"]), f"CLIP-L of {clip_l!r}", dtype, device)
+    fill(encoders.bigg, states["bigg"], f"bigG of {bigg!r}", dtype, device)
+    # Buffers that no file holds, so they are still on the meta device.
+    encoders.bigg.attn_mask = encoders.bigg.build_causal_mask().to(device, dtype)
+    for module in encoders.clip_l.modules():
+        if "position_ids" in module._buffers:
+            module.position_ids = torch.arange(CONTEXT_LENGTH, device=device)[None]
+    assert not any(buffer.is_meta for buffer in encoders.buffers())
+    return encoders.eval().requires_grad_(False)
+
+
+def read_text(
+    config: TextConfig, clip_l: str | None, bigg: str, allow_pickle: bool = False
+) -> dict[str, dict[str, Stored]]:
+    """Weights of clip_l, where it is named, and of bigg, which may hold a logit_scale; they are not read yet.
+
+    Sources and errors are those of `load_text_encoders`.
+    """
+    expected = text_states(_on_meta(config))
+    states = {"bigg": read_bigg(config.bigg, bigg, allow_pickle)}
+    check_keys(
+        f"bigG of {bigg!r}", shapes(states["bigg"]) | {LOGIT_SCALE: ()}, shapes(expected["bigg"]) | {LOGIT_SCALE: ()}
+    )
+    if clip_l is not None:
+        states["clip_l"] = read_clip_l(config.clip_l, clip_l, allow_pickle)
+        check_keys(f"CLIP-L of {clip_l!r}", shapes(states["clip_l"]), shapes(expected["clip_l"]))
+    return states
+
+
+def text_states(encoders: TextEncoders) -> dict[str, dict[str, Stored]]:
+    """Weights of encoders that are there, as `read_text` gives them."""
+    clip_l = {key.removeprefix(TEXT_MODEL): value for key, value in encoders.clip_l.state_dict().items()}
+    return {"clip_l": stored(clip_l), "bigg": stored(encoders.bigg.state_dict())}
+
+
+def _on_meta(config: TextConfig) -> TextEncoders:
     with torch.device("meta"):
-        encoders = TextEncoders(config)
-    encoders.clip_l = _load_clip_l(config.clip_l, clip_l, allow_pickle)
-    state = _load_bigg_state(bigg, allow_pickle)
-    check_keys(f"bigG weights {bigg!r}", shapes(state), shapes(encoders.bigg.state_dict()))
-    encoders.bigg.load_state_dict(state, assign=True)
-    encoders.bigg.attn_mask = encoders.bigg.build_causal_mask()  # not in the state dict, so still on the meta device
-    return encoders.to(dtype).eval().requires_grad_(False)
+        return TextEncoders(config)
+
+
+def _named_as(module: nn.Module, state: State) -> dict[str, Stored]:
+    """CLIP-L's weights by the names of transformers' class: some versions have "text_model." before them."""
+    prefix = TEXT_MODEL if any(name.startswith(TEXT_MODEL) for name, _ in module.named_parameters()) else ""
+    return {prefix + key: value for key, value in state.items()}
 
 
 @lru_cache(maxsize=1)
-def _tokenizer() -> Any:
+def open_clip_tokenizer() -> Any:
+    """CLIP's byte pairs."""
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer = SimpleTokenizer(context_length=CONTEXT_LENGTH)
@@ -174,89 +219,3 @@ def _build_bigg(tower: TextTowerConfig) -> nn.Module:
         act_layer={"gelu": nn.GELU, "quick_gelu": QuickGELU}[tower.activation],
         pool_type="argmax",  # the end of text is the largest id, so this finds the first one
     )
-
-
-def _load_clip_l(tower: TextTowerConfig, source: str, allow_pickle: bool) -> nn.Module:
-    from transformers import CLIPTextModel
-
-    loaded: Any = CLIPTextModel.from_pretrained(
-        source, use_safetensors=None if allow_pickle else True, output_loading_info=True
-    )
-    module, report = loaded
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise ValueError(f"{source!r} lacks {sorted(report['missing_keys'])}, differs in {report['mismatched_keys']}")
-    found = module.config
-    given = (found.hidden_size, found.num_hidden_layers, found.num_attention_heads, found.hidden_act, found.vocab_size)
-    expected = (tower.width, tower.layers, tower.heads, tower.activation, VOCABULARY)
-    if given != expected:
-        raise ValueError(f"{source!r} has (width, layers, heads, activation, vocabulary) {given}, not {expected}")
-    return module
-
-
-def _load_bigg_state(source: str, allow_pickle: bool) -> dict[str, Tensor]:
-    """The text weights in open_clip's names."""
-    if Path(source).is_file():
-        return _open_clip_text(source, allow_pickle)
-    if not os.path.isdir(source) and ":" in source:
-        from open_clip.pretrained import download_pretrained, get_pretrained_cfg
-
-        model, tag = source.split(":", 1)
-        published = get_pretrained_cfg(model, tag)
-        if not published:
-            raise ValueError(f"open_clip knows no weights {tag!r} of {model!r}")
-        return _open_clip_text(download_pretrained(published), allow_pickle)
-
-    from transformers import CLIPTextModelWithProjection
-
-    module = CLIPTextModelWithProjection.from_pretrained(source, use_safetensors=None if allow_pickle else True)
-    return bigg_from_transformers(module.state_dict())
-
-
-def _open_clip_text(file: str, allow_pickle: bool) -> dict[str, Tensor]:
-    """The text transformer's entries of an open_clip file, which holds an image tower as well."""
-    if file.endswith(".safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            keys = [key for key in list(tensors.keys()) if _is_text(key)]
-            return {_text_key(key): tensors.get_tensor(key) for key in keys}
-    if not allow_pickle:
-        raise ValueError(f"{file} is not a safetensors file; pass allow_pickle=True to read it without running code")
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
-    return {_text_key(key): value for key, value in state.items() if _is_text(key)}
-
-
-def _is_text(key: str) -> bool:
-    return not key.removeprefix("module.").startswith("visual.") and not key.endswith(("logit_scale", "attn_mask"))
-
-
-def _text_key(key: str) -> str:
-    return key.removeprefix("module.").removeprefix("text.")
-
-
-def bigg_from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a CLIPTextModelWithProjection in open_clip's names: one matrix for queries, keys and values."""
-    state = {key.removeprefix("text_model."): value for key, value in state.items() if "position_ids" not in key}
-    out = {
-        "positional_embedding": state.pop("embeddings.position_embedding.weight"),
-        "token_embedding.weight": state.pop("embeddings.token_embedding.weight"),
-        "ln_final.weight": state.pop("final_layer_norm.weight"),
-        "ln_final.bias": state.pop("final_layer_norm.bias"),
-        "text_projection": state.pop("text_projection.weight").T.contiguous(),
-    }
-    names = {
-        "layer_norm1": "ln_1",
-        "layer_norm2": "ln_2",
-        "mlp.fc1": "mlp.c_fc",
-        "mlp.fc2": "mlp.c_proj",
-        "self_attn.out_proj": "attn.out_proj",
-    }
-    for key, value in state.items():
-        _, _, layer, rest = key.split(".", 3)  # encoder.layers.N.<rest>
-        module, kind = rest.rsplit(".", 1)
-        prefix = f"transformer.resblocks.{layer}"
-        if module == "self_attn.q_proj":
-            parts = [state[f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            out[f"{prefix}.attn.in_proj_{kind}"] = torch.cat(parts)
-        elif module not in ("self_attn.k_proj", "self_attn.v_proj"):
-            out[f"{prefix}.{names[module]}.{kind}"] = value
-    return out

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from model.config import UNetConfig
 from model.layers import (
     Downsample,
-    GroupNorm,
     ResBlock,
     Run,
     SpatialTransformer,
@@ -80,7 +79,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(Block(block))
 
         self.out = nn.Sequential(
-            GroupNorm(config.norm_groups, channels, eps=1e-5),
+            nn.GroupNorm(config.norm_groups, channels, eps=1e-5),
             nn.SiLU(),
             zeroed(nn.Conv2d(channels, config.latent_channels, 3, padding=1)),
         )
@@ -98,7 +97,7 @@ class UNet(nn.Module):
         time = fourier(timesteps, self.config.model_channels).to(dtype)  # [B,M0]
         embedding = self.time_embed(time) + self.label_emb(vector.to(dtype))  # [B,E]
 
-        hidden = noisy_latents.to(dtype)  # [B,C,h,w]
+        hidden = noisy_latents.to(dtype, memory_format=torch.channels_last)  # [B,C,h,w]
         skips = []
         for block in self.input_blocks:
             hidden = block(hidden, embedding, context, run)  # [B,M,h/2^l,w/2^l]

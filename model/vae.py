@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import VAEConfig
-from model.layers import GroupNorm, Run, Upsample, checkpointed, plainly
+from model.finite import require_finite
+from model.layers import Run, Upsample, checkpointed, plainly
 
 
 class VAE(nn.Module):
@@ -39,18 +40,25 @@ class VAE(nn.Module):
         return self.decode(posterior.sample(noise)), posterior
 
     def encode(self, image: Tensor) -> Posterior:
-        """The posterior of `image` [B,3,H,W] in [-1, 1]; H and W multiples of config.downsample, else ValueError."""
+        """The posterior of `image` [B,3,H,W] in [-1, 1]; H and W multiples of config.downsample, else ValueError.
+
+        In float16 it raises NotFiniteError, a FloatingPointError, for samples that overflow.
+        """
         side = self.config.downsample
         if image.shape[1] != 3 or image.shape[2] % side or image.shape[3] % side:
             raise ValueError(f"image {tuple(image.shape)}: expected 3 channels and sides that are multiples of {side}")
         hidden = self.encoder(image.to(self.quant_conv.weight.dtype), self._run())  # [B,2Z,h,w]
-        mean, logvar = self.quant_conv(hidden).float().chunk(2, dim=1)  # [B,Z,h,w] each
+        moments = require_finite(self.quant_conv(hidden), "the VAE's encoder")  # [B,2Z,h,w]
+        mean, logvar = moments.float().chunk(2, dim=1)  # [B,Z,h,w] each
         return Posterior(mean=mean, std=torch.exp(0.5 * logvar.clamp(-30.0, 20.0)))
 
     def decode(self, unscaled_latents: Tensor) -> Tensor:
-        """The image [B,3,H,W], about in [-1, 1] (not clamped), of unscaled latents [B,Z,h,w]."""
+        """The image [B,3,H,W], about in [-1, 1] (not clamped), of unscaled latents [B,Z,h,w].
+
+        In float16 it raises NotFiniteError, a FloatingPointError, for samples that overflow.
+        """
         latents = self.post_quant_conv(unscaled_latents.to(self.post_quant_conv.weight.dtype))  # [B,Z,h,w]
-        return self.decoder(latents, self._run())  # [B,3,H,W]
+        return require_finite(self.decoder(latents, self._run()), "the VAE's decoder")  # [B,3,H,W]
 
     @property
     def last_layer(self) -> Tensor:
@@ -104,7 +112,7 @@ class Encoder(nn.Module):
             self.down.append(Level(blocks, downsample=None if is_last else PaddedDownsample(width)))
             channels = width
         self.mid = Middle(channels, groups)
-        self.norm_out = GroupNorm(groups, channels, eps=1e-6)
+        self.norm_out = nn.GroupNorm(groups, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor, run: Run) -> Tensor:
@@ -134,7 +142,7 @@ class Decoder(nn.Module):
             levels.insert(0, Level(blocks, upsample=None if level == 0 else Upsample(width)))
             channels = width
         self.up = nn.ModuleList(levels)  # counted from the finest level, so the forward pass runs them backwards
-        self.norm_out = GroupNorm(groups, channels, eps=1e-6)
+        self.norm_out = nn.GroupNorm(groups, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, latents: Tensor, run: Run) -> Tensor:
@@ -185,9 +193,9 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(groups, channels, eps=1e-6)
+        self.norm1 = nn.GroupNorm(groups, channels, eps=1e-6)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm(groups, out_channels, eps=1e-6)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = None if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
@@ -203,7 +211,7 @@ class MapAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = GroupNorm(groups, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)

@@ -1,10 +1,11 @@
 """The VAE's training loss (arXiv 2112.10752, appendix G): reconstruction, divergence, and a patch discriminator.
 
-    total = reconstruction + kl_weight * divergence + adversarial_weight * adaptive_weight * adversarial
+    nll = reconstruction + perceptual_weight * perceptual
+    total = nll + kl_weight * divergence + adversarial_weight * adaptive_weight * adversarial
 
-Reconstruction and divergence are sums over an image's elements, as in latent diffusion, so that kl_weight 1e-6 means
-what it means there; both are then divided by the image's pixels H * W, which leaves their ratio alone and keeps the
-gradient's size independent of the resolution. Every loss is per sample, [B].
+Reconstruction, perceptual term and divergence are sums over an image's elements, as in latent diffusion, so that
+kl_weight 1e-6 means what it means there; all are then divided by the image's pixels H * W, which leaves their ratios
+alone and keeps the gradient's size independent of the resolution. Every loss is per sample, [B].
 
 B batch, H W image height and width, h w height and width of the discriminator's map of patches
 """
@@ -25,6 +26,14 @@ def reconstruction_loss(image: Tensor, reconstruction: Tensor) -> Tensor:
     """Absolute difference [B] of two images [B,3,H,W], summed over channels and pixels, per pixel, in fp32."""
     difference = (image.float() - reconstruction.float()).abs()  # [B,3,H,W]
     return difference.flatten(1).sum(1) / _pixels(image)
+
+
+def perceptual_loss(distance: Tensor, image: Tensor) -> Tensor:
+    """The perceptual term [B] of the distance [B] of model/lpips.py between `image` [B,3,H,W] and its reconstruction.
+
+    Latent diffusion adds the distance to the absolute difference of every element before it sums: once per channel.
+    """
+    return image.shape[1] * distance
 
 
 def divergence_loss(posterior: Posterior, image: Tensor) -> Tensor:
@@ -52,7 +61,8 @@ def adaptive_weight(
 ) -> Tensor:
     """The factor that gives the adversarial term the gradient norm of the reconstruction at the decoder's last layer.
 
-    `nll` and `adversarial` are the batch's mean reconstruction and adversarial losses, scalars with a graph;
+    `nll` and `adversarial` are the batch's mean reconstruction (perceptual term included) and adversarial losses,
+    scalars with a graph;
     `last_layer` is `VAE.last_layer`. `average` is the mean over workers of a gradient, so that the factor belongs to
     what all workers see in one pass, and not to how it is split over them. The result is a scalar without gradient,
     at most 1e4 (arXiv 2012.09841, eq. 7).

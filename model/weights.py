@@ -1,7 +1,8 @@
-"""Weights on disk, as safetensors: our own files, which carry their config, and the published single files.
+"""U-Net and VAE on disk: our own files, which carry their config, and both public layouts.
 
 An own file names its parameters like the module that it belongs to, and its metadata holds `kind` and `config`, so a
-file alone says what network it is. A published file holds several networks, each behind a prefix, and no config.
+file alone says what network it is. A published single file holds several networks, each behind a prefix, and no
+config; a diffusers folder holds one network, in names of its own, and a config.json.
 """
 
 from __future__ import annotations
@@ -9,16 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.config import (
@@ -29,10 +27,29 @@ from model.config import (
     UNetConfig,
     VAEConfig,
 )
+from model.layouts import UNET_PREFIX, VAE_PREFIX, agreed_config, from_diffusers, on_meta
+from model.tensors import (
+    Name,
+    State,
+    Stored,
+    below,
+    check_keys,
+    fill,
+    raw,
+    read_file,
+    read_folder,
+    read_metadata,
+    shapes,
+    stored,
+    write_file,
+)
 from model.unet import UNet
 from model.vae import VAE
 
 Config = UNetConfig | VAEConfig | TextConfig | DiscriminatorConfig
+
+SCALING_FACTOR = "vae_scaling_factor"  # in the metadata of a single file, whose layout has no other place for it
+PIPELINE, CONFIG = "model_index.json", "config.json"  # files of a diffusers folder
 
 
 class Kind(StrEnum):
@@ -44,11 +61,11 @@ class Kind(StrEnum):
     DISCRIMINATOR = "discriminator"
 
 
-PREFIXES = {Kind.UNET: "model.diffusion_model.", Kind.VAE: "first_stage_model."}  # in the published single files
+PREFIXES = {Kind.UNET: UNET_PREFIX, Kind.VAE: VAE_PREFIX}  # in a single file
 
 
 def save_weights(
-    path: str | os.PathLike[str],
+    path: Name,
     state_dict: Mapping[str, Tensor],
     kind: Kind | str,
     config: Config,
@@ -63,105 +80,109 @@ def save_weights(
         "config": json.dumps(asdict(config), sort_keys=True),
         "extra": json.dumps(dict(extra or {}), sort_keys=True),
     }
-    save_atomically(path, state_dict, metadata)
+    write_file(path, stored(state_dict), metadata)
 
 
-def save_atomically(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file under another name, then give it its own."""
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    try:
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, dict(metadata or {})
-        )
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_config(path: str | os.PathLike[str]) -> tuple[Kind, Config]:
+def read_config(path: Name) -> tuple[Kind, Config]:
     """What an own file holds. Raises ValueError for a file without our metadata."""
-    metadata = _metadata(path)
+    metadata = read_metadata(path)
     if "kind" not in metadata or "config" not in metadata:
         raise ValueError(f"{path} carries no config: it was not written by save_weights")
     kind = Kind(metadata["kind"])
     return kind, _config(kind, json.loads(metadata["config"]))
 
 
-def is_own(path: str | os.PathLike[str]) -> bool:
+def is_own(path: Name) -> bool:
     """Whether a file was written by save_weights and so carries its config."""
-    return "kind" in _metadata(path)
+    return os.path.isfile(path) and "kind" in read_metadata(path)
 
 
-def read_extra(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_extra(path: Name) -> dict[str, Any]:
     """What `save_weights` was given as `extra`."""
-    return json.loads(_metadata(path).get("extra", "{}"))
+    return json.loads(read_metadata(path).get("extra", "{}"))
 
 
 def load_unet(
-    path: str | os.PathLike[str],
+    path: Name,
     config: UNetConfig | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    allow_pickle: bool = False,
 ) -> UNet:
-    """The U-Net of an own or a published file, in `dtype`, or the file's own where None.
+    """The U-Net of an own file, a single file or a diffusers folder, in `dtype`, or the file's own where None.
 
-    A published file needs `config`; for an own file it is optional and must agree. Raises ValueError where it does not,
+    A published one needs `config`; for an own file it is optional and must agree. Raises ValueError where it does not,
     and for every key that is missing, unexpected or of another shape.
     """
-    agreed = _agreed(path, Kind.UNET, config)
-    assert isinstance(agreed, UNetConfig)
-    with torch.device("meta"):
-        module = UNet(agreed)
-    _stream(path, Kind.UNET, module, dtype, device)
+    config, state = read_unet(path, config, allow_pickle)
+    module = on_meta(config)
+    fill(module, state, os.fspath(path), dtype, device)
+    assert isinstance(module, UNet)
     return module
 
 
 def load_vae(
-    path: str | os.PathLike[str],
+    path: Name,
     config: VAEConfig | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    allow_pickle: bool = False,
 ) -> VAE:
-    """The VAE of an own or a published file; as `load_unet`."""
-    agreed = _agreed(path, Kind.VAE, config)
-    assert isinstance(agreed, VAEConfig)
-    with torch.device("meta"):
-        module = VAE(agreed)
-    _stream(path, Kind.VAE, module, dtype, device)
+    """The VAE of an own file, a single file or a diffusers folder; as `load_unet`.
+
+    Its scaling factor is the one that the file or folder says, and `config`'s where a single file says none.
+    """
+    config, state = read_vae(path, config, allow_pickle)
+    module = on_meta(config)
+    fill(module, state, os.fspath(path), dtype, device)
+    assert isinstance(module, VAE)
     return module
 
 
-def fingerprint(source: Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]) -> str:
+def read_unet(
+    path: Name, config: UNetConfig | None = None, allow_pickle: bool = False
+) -> tuple[UNetConfig, dict[str, Stored]]:
+    """Shape and weights of the U-Net at `path` in our names, as `load_unet`; the weights are not read yet."""
+    agreed, state = _read(path, Kind.UNET, config, allow_pickle)
+    assert isinstance(agreed, UNetConfig)
+    return agreed, state
+
+
+def read_vae(
+    path: Name, config: VAEConfig | None = None, allow_pickle: bool = False
+) -> tuple[VAEConfig, dict[str, Stored]]:
+    """Shape and weights of the VAE at `path` in our names, as `load_vae`; the weights are not read yet."""
+    agreed, state = _read(path, Kind.VAE, config, allow_pickle)
+    assert isinstance(agreed, VAEConfig)
+    return agreed, state
+
+
+def component(folder: Name, part: str) -> Path:
+    """The folder of one network: below a pipeline's folder, or the given one."""
+    return Path(folder, part) if Path(folder, PIPELINE).is_file() else Path(folder)
+
+
+def fingerprint(source: Mapping[str, Tensor] | State | nn.Module | Name) -> str:
     """64 hex digits that name weights: sha256 over every tensor's key, dtype, shape and bytes, in order of the keys.
 
     A state dict, a module and the own file of it have the same one; metadata does not enter.
     """
     digest = hashlib.sha256()
     for key, tensor in _tensors(source):
-        flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+        value = tensor.detach().contiguous().cpu()
         digest.update(f"{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(flat.numpy().data)
+        digest.update(raw(value))
     return digest.hexdigest()
 
 
-def _tensors(source: Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(source: Mapping[str, Tensor] | State | nn.Module | Name) -> Iterator[tuple[str, Tensor]]:
     if isinstance(source, nn.Module):
         source = source.state_dict()
-    if isinstance(source, Mapping):
-        for key in sorted(source):
-            yield key, source[key]
-        return
-    with safe_open(source, framework="pt") as file:
-        for key in sorted(file.keys()):
-            yield key, file.get_tensor(key)
-
-
-def _metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+    elif not isinstance(source, Mapping):
+        source = read_file(source)
+    for key in sorted(source):
+        value = source[key]
+        yield key, value.read() if isinstance(value, Stored) else value
 
 
 def _config(kind: Kind, values: dict[str, Any]) -> Config:
@@ -175,55 +196,44 @@ def _config(kind: Kind, values: dict[str, Any]) -> Config:
     return {Kind.VAE: VAEConfig, Kind.DISCRIMINATOR: DiscriminatorConfig}[kind](**values)
 
 
-def _agreed(path: str | os.PathLike[str], kind: Kind, config: Config | None) -> Config:
-    """The file's own config, or the given one where the file has none."""
-    if not is_own(path):
-        if config is None:
-            raise ValueError(f"{path} carries no config; name the one it was made with")
-        return config
+def _read(
+    path: Name, kind: Kind, config: UNetConfig | VAEConfig | None, allow_pickle: bool
+) -> tuple[UNetConfig | VAEConfig, dict[str, Stored]]:
+    if is_own(path):
+        agreed, state = _own_config(path, kind, config), read_file(path)
+    elif config is None:
+        raise ValueError(f"{path} carries no config; name the one it was made with")
+    elif os.path.isdir(path):
+        folder = component(path, kind)
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"no {CONFIG} in {folder}")
+        agreed = agreed_config(json.loads((folder / CONFIG).read_text()), config, str(folder / CONFIG))
+        state = from_diffusers(read_folder(folder, allow_pickle), agreed, str(folder))
+    else:
+        agreed, state = config, _behind(path, PREFIXES[kind], allow_pickle)
+        if isinstance(config, VAEConfig):
+            factor = read_metadata(path).get(SCALING_FACTOR, config.scaling_factor)
+            agreed = replace(config, scaling_factor=float(factor))
+    check_keys(os.fspath(path), shapes(state), shapes(on_meta(agreed).state_dict()))
+    return agreed, state
+
+
+def _own_config(path: Name, kind: Kind, config: UNetConfig | VAEConfig | None) -> UNetConfig | VAEConfig:
+    """What an own file says, which agrees with `config` but for the scaling factor, which training measures."""
     found_kind, found = read_config(path)
     if found_kind is not kind:
         raise ValueError(f"{path} holds a {found_kind}, not a {kind}")
-    if config is not None and config != found:
-        raise ValueError(f"{path} holds {found}, not {config}")
+    assert isinstance(found, UNetConfig | VAEConfig)
+    expected = config
+    if isinstance(found, VAEConfig) and isinstance(config, VAEConfig):
+        expected = replace(config, scaling_factor=found.scaling_factor)
+    if expected is not None and found != expected:
+        raise ValueError(f"{path} holds {found}, not {expected}")
     return found
 
 
-def _stream(
-    path: str | os.PathLike[str], kind: Kind, module: nn.Module, dtype: torch.dtype | None, device: torch.device | str
-) -> None:
-    """Fill a module built on the meta device, one tensor at a time: the peak is one model and one tensor."""
-    expected = dict(module.named_parameters())
-    with safe_open(path, framework="pt") as file:
-        in_file = list(file.keys())
-        prefix = PREFIXES[kind] if any(key.startswith(PREFIXES[kind]) for key in in_file) else ""
-        # Some published files hold the autoencoder's averages and constant position ids, which no network reads.
-        keys = {
-            key.removeprefix(prefix): key
-            for key in in_file
-            if key.startswith(prefix) and "model_ema." not in key and not key.endswith("position_ids")
-        }
-        found = {name: tuple(file.get_slice(key).get_shape()) for name, key in keys.items()}
-        check_keys(f"{path}", found, shapes(expected))
-        for name, key in keys.items():
-            owner, _, attribute = name.rpartition(".")
-            tensor = file.get_tensor(key).to(device, dtype, copy=True)  # a copy, not a view of the mapped file
-            setattr(module.get_submodule(owner), attribute, nn.Parameter(tensor))
-
-
-def check_keys(what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError that lists every key that is missing, unexpected or of another shape."""
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    differ = [
-        f"{key}: {found[key]} for {expected[key]}"
-        for key in sorted(found.keys() & expected.keys())
-        if found[key] != expected[key]
-    ]
-    if missing or unexpected or differ:
-        raise ValueError(f"{what} does not fit.\nmissing: {missing}\nunexpected: {unexpected}\nshapes: {differ}")
-
-
-def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor, for `check_keys`."""
-    return {key: tuple(value.shape) for key, value in state.items()}
+def _behind(path: Name, prefix: str, allow_pickle: bool) -> dict[str, Stored]:
+    """A network's part of a single file; all of a file that holds it alone, without a prefix."""
+    state = read_file(path, allow_pickle)
+    whole = any(key.startswith((*PREFIXES.values(), "conditioner.")) for key in state)
+    return below(state, prefix if whole else "")

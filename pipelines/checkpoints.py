@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.storage import Storage
 
+RUN = "run.json"  # what a run is: stage, settings, pinned dataset, MLflow run; finished_images when it is done
 PROGRESS = "progress.json"  # how far the run was; worker 0 writes it
 CHECKPOINTS = "checkpoints"  # their folder below a run's output
 
@@ -40,8 +42,18 @@ def newest_checkpoint(run: Storage) -> str | None:
     return max(found, default=None, key=lambda name: int(run.read_json(f"{name}/{PROGRESS}")["images_seen"]))
 
 
+def run_settings(checkpoint: Storage) -> dict[str, Any]:
+    """The settings of the run that a checkpoint belongs to, which lies two folders above it."""
+    run = Storage(checkpoint.uri.rstrip("/").rsplit("/", 2)[0], checkpoint.options)
+    if not run.exists(RUN):
+        raise FileNotFoundError(
+            f"{checkpoint.uri}: {run.uri} holds no {RUN}; a checkpoint is read where its run left it"
+        )
+    return run.read_json(RUN)["settings"]
+
+
 def averaged_weights(checkpoint: Storage, name: str, network: nn.Module) -> dict[str, Tensor]:
-    """The averaged weights, fp32, of the engine `name`, whose network is shaped like `network` (its device may be meta).
+    """The averaged weights, fp32, of the engine `name`, whose network is shaped like `network`, which may be on meta.
 
     Raises FileNotFoundError where the checkpoint holds no average of that name, and ValueError where its parts are not
     those of such a network.

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from model.config import DenoiserLossConfig, DiffusionConfig, VAELossConfig
+from model.config import DenoiserLossConfig, DiffusionConfig, SamplerName, Spacing, VAELossConfig
 
 Count = Annotated[int, Gt(0)]
 Amount = Annotated[int, Ge(0)]
@@ -75,9 +75,13 @@ class WeightsConfig:
     preset: str
     """Name of the preset in model/config.py."""
     path: str | None = None
-    """A safetensors file (ours or the published single file), or a training run's output folder; None draws them."""
+    """A safetensors file (ours or the published single file), a training run's output folder, a checkpoint of a U-Net's
+    run, or a diffusers folder (of the network, or of a whole pipeline); local or s3://. None draws random weights."""
     seed: Amount = 0
     """Seed of random weights where there is no path."""
+    allow_pickle: bool = False
+    """Whether the path may lead to a pickle (.ckpt, .pt, .pth, .bin). Only tensors are taken from one, and no code is
+    run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +91,13 @@ class TextWeightsConfig:
     preset: str = "sdxl"
     """Name of the preset in model/config.py."""
     clip_l: str | None = None
-    """CLIP ViT-L: a transformers folder or hub name."""
+    """CLIP ViT-L: the published single file, a folder of a diffusers pipeline or of transformers, or a hub name."""
     bigg: str | None = None
-    """OpenCLIP ViT-bigG: an open_clip safetensors file, a transformers folder, or a name."""
+    """OpenCLIP ViT-bigG: any of these, an open_clip safetensors file, or open_clip's "model:tag"."""
     seed: Amount | None = None
     """Seed of random weights, in place of both names: for models that are trained with no other text encoders."""
+    allow_pickle: bool = False
+    """Whether either may be a pickle. Only tensors are taken from one, and no code is run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +124,9 @@ class EncodeConfig:
     """Images in one pass of the VAE."""
     text_batch: Count = 64
     """Captions in one pass of the text encoders."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type the networks compute in; latents and text are stored as float16."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type the networks compute in; latents and text are stored as float16. The published VAE overflows in float16:
+    the images that do so are reported by name and left out."""
     resources: StageResources = field(default_factory=StageResources)
     """One encoder process."""
 
@@ -194,6 +201,8 @@ class WorkersConfig:
     """Type of the weights in the forward and backward pass; the optimizer keeps float32."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile each block of the U-Net or VAE; the first step takes minutes longer and later ones less time."""
     max_failures: Amount = 3
     """How often a run whose worker dies is resumed from its last checkpoint before it fails."""
 
@@ -215,18 +224,33 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuidanceConfig:
+class SamplingConfig:
     """How pictures are sampled."""
 
+    sampler: SamplerName = SamplerName.EULER
+    """How one step goes."""
+    spacing: Spacing = Spacing.TRAILING
+    """Where the steps lie on the schedule."""
     steps: Count = 50
     """Sampling steps over the whole schedule."""
+    eta: Annotated[float, Ge(0)] | None = None
+    """Share of fresh noise in a step of "euler_ancestral" or "ddim", which None sets to 1 and to 0. The other samplers
+    add no noise and take no notice."""
     scale: float = 5.0
     """Classifier-free guidance; 1 turns it off."""
+    rescale: Share = 0.0
+    """How far guidance is brought back to the contrast of the unguided prediction (arXiv 2305.08891, 3.4), which takes
+    0.7 for schedules that end without a signal; 0 leaves it as it is."""
     refiner_scale: float = 1.0
     """Guidance of the refiner, away from the encoded empty prompt as the published one expects it. Training drops text
     to zeros, so 1, which turns it off, is right for a refiner that was trained here."""
+    refiner: Literal["ensemble", "sdedit"] = "ensemble"
+    """"ensemble" hands noisy latents over, once, to the refiner (SDXL 2.5 calls it the expert of low noise levels);
+    "sdedit" lets the base finish, and the refiner noise and denoise its latents again."""
     handover: Amount = 200
-    """The refiner takes the timesteps below this one; 0 leaves the base alone."""
+    """In an ensemble, the refiner takes the timesteps below this one; 0 leaves the base alone."""
+    strength: Annotated[float, Gt(0), Le(1)] = 0.3
+    """Share of the steps that "sdedit" goes back over."""
     aesthetic_score: float = 6.0
     """Score that the refiner is asked for."""
     negative_aesthetic_score: float = 2.5
@@ -248,9 +272,23 @@ class DenoiserTaskConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     """The noise schedule."""
     loss: DenoiserLossConfig = field(default_factory=DenoiserLossConfig)
-    """Draws of noise and dropout."""
-    samples: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """Draws of noise, timesteps and dropout, and the loss's weight."""
+    samples: SamplingConfig = field(default_factory=SamplingConfig)
     """How the grids of samples are made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LPIPSWeightsConfig:
+    """The frozen network of the perceptual loss, whose two published files a person has to fetch."""
+
+    preset: str = "vgg16"
+    """Name of the preset in model/config.py."""
+    trunk: str
+    """torchvision's vgg16, a .safetensors file or a pickle, local or s3://; its classifier is not read."""
+    heads: str
+    """The heads of LPIPS for VGG, version 0.1, likewise: vgg.pth of the Python package lpips."""
+    allow_pickle: bool = False
+    """Whether pickles are read, as which both are published. Only tensors are taken from one, and no code is run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +307,9 @@ class VAETaskConfig:
     """Where the training crop lies."""
     loss: VAELossConfig = field(default_factory=VAELossConfig)
     """Weights of the loss terms."""
+    lpips: LPIPSWeightsConfig | None = None
+    """The network of the perceptual term; None leaves the term out, and with it much of the sharpness of latent
+    diffusion's autoencoders."""
     adversarial_lr_scale: Positive = 1.0
     """Learning rate of the discriminator over that of the VAE."""
     scaling_images: Count = 256
@@ -276,21 +317,53 @@ class VAETaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptColumns:
+    """Which column of a table of prompts holds what; None where the table has no such column."""
+
+    prompt: str = "prompt"
+    """The prompt."""
+    negative: str | None = None
+    """What guidance leads away from; a row may have none."""
+    seed: str | None = None
+    """Seed of the noise."""
+    height: str | None = None
+    """Height of the picture, pixels."""
+    width: str | None = None
+    """Width of the picture, pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptsConfig:
-    """What to make pictures of: exactly one of texts, file and index."""
+    """What to make pictures of: exactly one of texts, file, table and index."""
 
     texts: tuple[str, ...] = ()
     """Prompts."""
     file: str | None = None
     """A text file with a prompt per line."""
+    table: str | None = None
+    """A Parquet file, or a folder of them, with a prompt per row."""
+    columns: PromptColumns = field(default_factory=PromptColumns)
+    """The table's columns."""
     index: str | None = None
     """An index: the captions of kept images, each at its image's bucket and original size."""
     count: Count | None = None
     """How many of them, from the first; None takes all."""
+    per_prompt: Count = 1
+    """Pictures of each prompt, with seeds that count up from its own."""
+    negative: str | None = None
+    """What guidance leads away from; None is no text, which is zeros for the base and the empty prompt for the
+    refiner."""
     size: Size = (1024, 1024)
-    """(height, width) of pictures of texts and of a file, pixels."""
+    """(height, width) of pictures, pixels, where neither a table nor an index says it."""
+    original_size: Size | None = None
+    """(height, width) that the networks are told as the original's, pixels; None is the index's, or the picture's."""
+    crop_top_left: tuple[Amount, Amount] = (0, 0)
+    """(top, left) that the networks are told as the crop's, pixels; (0, 0) asks for a whole, centred object."""
+    negative_original_size: Size | None = None
+    """(height, width) that the negative condition is told; a small one leads away from what upscaled images look like.
+    None is the same as the positive's."""
     seed: Amount = 0
-    """Seed of the noise; picture k takes noise k of this seed."""
+    """Seed of the noise. The same seed and prompt give the same picture wherever the prompt stands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,10 +382,12 @@ class GenerateConfig:
     """What to make."""
     diffusion: DiffusionConfig | None = None
     """The noise schedule; None takes the one that the base's file says it was trained with, or else the published."""
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-    """Steps, guidance and hand-over."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampler, steps, guidance and hand-over."""
     batch: Count = 8
     """Pictures in one pass."""
+    sheets: Amount = 4
+    """Contact sheets of 64 pictures that are drawn, from the first prompts on."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the U-Nets compute in."""
     resources: StageResources = field(default_factory=StageResources)

@@ -1,8 +1,9 @@
-"""Pictures from trained networks: base, then refiner on its latents, then the VAE's decoder."""
+"""Latents from trained networks and what they are told: base and refiner, with guidance, put together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,75 +11,127 @@ from torch import Tensor
 from model.conditioning import conditioning_vector, select_context
 from model.config import Conditioning
 from model.diffusion import Diffusion
+from model.noise_levels import NoiseLevels, noise_levels
 from model.sampler import (
     Condition,
     Denoise,
     Guidance,
+    StepNoise,
     denoiser,
     initial_noise,
+    noised,
     sample,
     sample_ensemble,
-    timesteps_trailing,
+    step_noise_after,
 )
 from model.text import TextFeatures
 from model.unet import UNet
-from pipelines.config import GuidanceConfig
+from pipelines.config import SamplingConfig
 
 Conditions = Mapping[Conditioning, Tensor]
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a batch's prompts, or its negative prompts, tell the networks. Each network picks what it reads."""
+
+    text: TextFeatures
+    """Of both text encoders."""
+    conditions: Conditions
+    """[B, numbers] by name, as `conditioning_vector` takes them."""
+
+
 def base_denoiser(
-    unet: UNet, diffusion: Diffusion, text: TextFeatures, conditions: Conditions, config: GuidanceConfig
+    unet: UNet, diffusion: Diffusion, positive: Told, negative: Told | None, config: SamplingConfig
 ) -> Denoise:
-    """The base, guided away from zeros for text; the sizes stay (SDXL's published setting for an empty prompt)."""
-    nothing = TextFeatures(torch.zeros_like(text.context), torch.zeros_like(text.pooled))
-    positive = _condition(unet, text, conditions)
-    negative = _condition(unet, nothing, conditions) if config.scale != 1 else None
-    return denoiser(unet, diffusion, positive, negative, Guidance(config.scale))
+    """The base, guided away from `negative`; None is zeros for text and the same sizes, as no text is in training."""
+    if negative is None:
+        text = positive.text
+        nothing = TextFeatures(torch.zeros_like(text.context), torch.zeros_like(text.pooled))
+        negative = Told(nothing, positive.conditions)
+    return _guided(unet, diffusion, positive, negative, Guidance(config.scale, config.rescale))
 
 
 def refiner_denoiser(
-    unet: UNet,
-    diffusion: Diffusion,
-    *,
-    text: TextFeatures,
-    empty: TextFeatures,
-    conditions: Conditions,
-    config: GuidanceConfig,
+    unet: UNet, diffusion: Diffusion, positive: Told, negative: Told, config: SamplingConfig
 ) -> Denoise:
-    """The refiner, guided away from the encoded empty prompt and from the negative aesthetic score."""
+    """The refiner, guided away from `negative`, which is the encoded empty prompt where there is no other.
 
-    def scored(score: float) -> Conditions:
-        column = torch.full((len(text.pooled), 1), score, device=text.pooled.device)
-        return {**conditions, Conditioning.AESTHETIC_SCORE: column}
-
-    positive = _condition(unet, text, scored(config.aesthetic_score))
-    guided = config.refiner_scale != 1
-    negative = _condition(unet, empty, scored(config.negative_aesthetic_score)) if guided else None
-    return denoiser(unet, diffusion, positive, negative, Guidance(config.refiner_scale))
+    Where the conditions hold no aesthetic score, the config's two scores join them.
+    """
+    positive = _scored(positive, config.aesthetic_score)
+    negative = _scored(negative, config.negative_aesthetic_score)
+    return _guided(unet, diffusion, positive, negative, Guidance(config.refiner_scale, config.rescale))
 
 
-def generate(
-    base: Denoise, refiner: Denoise | None, noise: Tensor, diffusion: Diffusion, config: GuidanceConfig
+def generate(  # noqa: PLR0917 (the parts of a run, in the order that it needs them)
+    base: Denoise,
+    refiner: Denoise | None,
+    noise: Tensor,
+    diffusion: Diffusion,
+    config: SamplingConfig,
+    step_noise: StepNoise | None = None,
 ) -> Tensor:
-    """Scaled latents [B,4,h,w] from unit noise of that shape; without a refiner the base goes all the way."""
-    timesteps = timesteps_trailing(config.steps, diffusion.config.num_timesteps)
-    x = initial_noise(noise, diffusion, timesteps)
-    if refiner is None or config.handover == 0:
-        return sample(base, x, diffusion, timesteps)
-    return sample_ensemble(base, refiner, x, diffusion, timesteps, cutoff=config.handover)
+    """Scaled latents [B,4,h,w] from unit noise of that shape; without a refiner the base goes all the way.
+
+    Raises ValueError where sampler or SDEdit add noise and there is no `step_noise`.
+    """
+    levels = noise_levels(config.steps, config.spacing, diffusion)
+    x = initial_noise(noise, levels)
+    if refiner is not None and config.refiner == "ensemble" and config.handover > 0:
+        return sample_ensemble(
+            base,
+            refiner,
+            x,
+            levels,
+            cutoff=config.handover,
+            sampler=config.sampler,
+            eta=config.eta,
+            step_noise=step_noise,
+        )
+    latents = sample(base, x, levels, sampler=config.sampler, eta=config.eta, step_noise=step_noise)
+    if refiner is None or config.refiner == "ensemble":
+        return latents
+    if step_noise is None:
+        raise ValueError("a refiner by sdedit noises the base's latents: it needs step_noise")
+    again = step_noise(config.steps)  # the base has used those before
+    return refine(refiner, latents, again, diffusion, config, step_noise_after(step_noise, config.steps + 1))
 
 
-def refine(refiner: Denoise, latents: Tensor, noise: Tensor, diffusion: Diffusion, config: GuidanceConfig) -> Tensor:
-    """SDEdit (arXiv 2108.01073) below the hand-over: noise finished latents [B,4,h,w] to its level, then denoise."""
-    share = config.handover / diffusion.config.num_timesteps
-    timesteps = timesteps_trailing(max(1, round(config.steps * share)), config.handover)
-    x = latents + float(diffusion.sigmas[timesteps[0]]) * noise
-    return sample(refiner, x, diffusion, timesteps)
+def refine(  # noqa: PLR0917 (as generate)
+    refiner: Denoise,
+    latents: Tensor,
+    noise: Tensor,
+    diffusion: Diffusion,
+    config: SamplingConfig,
+    step_noise: StepNoise | None = None,
+) -> Tensor:
+    """SDEdit (arXiv 2108.01073) of finished latents [B,4,h,w]: noise them to where the refiner starts, then denoise."""
+    levels = _refiner_levels(diffusion, config)
+    x = noised(latents, noise, levels)
+    return sample(refiner, x, levels, sampler=config.sampler, eta=config.eta, step_noise=step_noise)
 
 
-def _condition(unet: UNet, text: TextFeatures, conditions: Conditions) -> Condition:
+def _refiner_levels(diffusion: Diffusion, config: SamplingConfig) -> NoiseLevels:
+    """The last steps by strength; in an ensemble, as many as lie below the hand-over, and at least one."""
+    if config.refiner == "sdedit":
+        return noise_levels(config.steps, config.spacing, diffusion).tail(config.strength)
+    steps = max(1, round(config.steps * config.handover / diffusion.config.num_timesteps))
+    return noise_levels(steps, config.spacing, diffusion, below=config.handover)
+
+
+def _guided(unet: UNet, diffusion: Diffusion, positive: Told, negative: Told, guidance: Guidance) -> Denoise:
+    away = _condition(unet, negative) if guidance.scale != 1 else None
+    return denoiser(unet, diffusion, _condition(unet, positive), away, guidance)
+
+
+def _condition(unet: UNet, told: Told) -> Condition:
     return Condition(
-        context=select_context(text.context, unet.config),
-        vector=conditioning_vector(text.pooled, conditions, unet.config),
+        context=select_context(told.text.context, unet.config),
+        vector=conditioning_vector(told.text.pooled, told.conditions, unet.config),
     )
+
+
+def _scored(told: Told, score: float) -> Told:
+    column = torch.full((len(told.text.pooled), 1), score, device=told.text.pooled.device)
+    return Told(told.text, {Conditioning.AESTHETIC_SCORE: column, **told.conditions})

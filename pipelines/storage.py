@@ -104,6 +104,11 @@ class Storage:
         """Whether `name` is a file."""
         return self.filesystem.get_file_info(self.path(name)).type == pafs.FileType.File
 
+    def table_columns(self, name: str) -> list[str]:
+        """The columns of the Parquet file `name`."""
+        with self.filesystem.open_input_file(self.path(name)) as file:
+            return list(pq.ParquetFile(file).schema_arrow.names)
+
     def list(self, folder: str = "") -> list[FileStat]:
         """All files below `folder`, at any depth, sorted by name; files still being written are not among them."""
         selector = pafs.FileSelector(self.path(folder), recursive=True, allow_not_found=True)

@@ -109,12 +109,13 @@ def log_json(uri: str, run_id: str, name: str, value: Any) -> None:
 
 
 def log_picture(uri: str, run_id: str, name: str, png: bytes) -> None:
-    """Keep a PNG file with a run."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, name)
+    """Keep a PNG file with a run, under a name that may lie in a folder."""
+    folder, _, base = name.rpartition("/")
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, base)
         with open(path, "wb") as file:
             file.write(png)
-        _client(uri).log_artifact(run_id, path)
+        _client(uri).log_artifact(run_id, path, folder or None)
 
 
 def log_numbers(uri: str, run_id: str, numbers: Mapping[str, float]) -> None:

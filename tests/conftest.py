@@ -255,7 +255,7 @@ class Demo:
             "train_vae": [t for t in train if "task" not in t] + sampled + ["task.scaling_images=8"],
             "train_base": train + sampled,
             "train_refiner": train + sampled,
-            "generate": ["generate.guidance.steps=5"],
+            "generate": ["generate.sampling.steps=5"],
         }[name]
         tracking = [f'tracking.uri="sqlite:///{root}/mlflow.db"']
         return [f'{key}="{root / place}"' for key, place in places.items()] + tracking + small + [*overrides]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import load
-from jobs.config import DemoJob, GenerateJob, PreprocessJob, TrainBaseJob, TrainRefinerJob, TrainVAEJob
+from jobs.config import DemoJob, ExportJob, GenerateJob, PreprocessJob, TrainBaseJob, TrainRefinerJob, TrainVAEJob
 
 ROOT = Path(__file__).parents[1]
 FLOORS = ("model", "pipelines", "jobs")
@@ -19,6 +19,7 @@ JOBS = {
     "train_base.toml": TrainBaseJob,
     "train_refiner.toml": TrainRefinerJob,
     "generate.toml": GenerateJob,
+    "export.toml": ExportJob,
     "demo.toml": DemoJob,
 }
 

@@ -6,19 +6,24 @@ import json
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from jobs import preprocess, train_base
-from jobs.config import PreprocessJob, TrainBaseJob
+from jobs import generate, preprocess, train_base
+from jobs.config import GenerateJob, PreprocessJob, TrainBaseJob
 from model.config import UNET_PRESETS, VAE_PRESETS
 from model.vae import VAE
 from model.weights import Kind, load_unet, load_vae, save_weights
+from pipelines import networks
+from pipelines.checkpoints import newest_checkpoint
+from pipelines.config import WeightsConfig
 from pipelines.images import content_id, fit
 from pipelines.schema import Column, data_files, kept_rows, pair_array, require_manifest, tensor_array
-from pipelines.storage import Storage
+from pipelines.storage import Storage, StorageOptions
 from tests.conftest import SCHEDULE, Finished
 
 
@@ -161,4 +166,44 @@ def test_pictures_are_made_once_and_carry_their_prompt(finished: Finished) -> No
         with Image.open(finished.root / "pictures" / row["file"]) as image:
             assert [image.height, image.width] == row["size"]
             assert image.text["prompt"] == row["text"]
-    assert (finished.root / "pictures" / "contact_sheet.png").exists()
+    assert manifest["contact_sheets"] == ["contact_sheets/0000.png"]
+    assert (finished.root / "pictures" / "contact_sheets" / "0000.png").exists()
+
+
+def test_a_checkpoint_stands_in_for_its_run(finished: Finished) -> None:
+    name = newest_checkpoint(Storage(str(finished.root / "base")))
+    run, checkpoint = (
+        WeightsConfig(preset="tiny-base", path=str(path))
+        for path in (finished.root / "base", finished.root / "base" / str(name))
+    )
+    options = StorageOptions()
+    assert networks.unet_fingerprint(checkpoint, options) == networks.unet_fingerprint(run, options)
+    assert networks.trained_diffusion(checkpoint, options) == networks.trained_diffusion(run, options)
+    assert torch.equal(networks.unet(checkpoint, options).out[2].weight, networks.unet(run, options).out[2].weight)
+
+
+def test_a_rerun_makes_only_the_pictures_that_are_missing(finished: Finished, tmp_path, capsys) -> None:
+    rows = [{"caption": f"a red fox {k}", "without": None if k % 2 else "blue", "seed": k} for k in range(5)]
+    settings = [
+        f'output="{tmp_path}/pictures"',
+        f'generate.prompts={{table = "{tmp_path}/prompts.parquet", size = [32, 64], per_prompt = 2, '
+        'columns = {prompt = "caption", negative = "without", seed = "seed"}}',
+        'generate.sampling.sampler="euler_ancestral"',
+        'generate.sampling.refiner="sdedit"',
+        "generate.sampling.strength=0.5",
+    ]
+    for count, more in ((3, ["generate.batch=4"]), (5, ["generate.batch=3"])):
+        pq.write_table(pa.Table.from_pylist(rows[:count]), tmp_path / "prompts.parquet")
+        generate.run(finished.load(GenerateJob, "generate", *settings, *more))
+    printed = capsys.readouterr().out
+    assert "generate: 6 of 6 pictures made" in printed
+    assert "generate: 4 of 10 pictures made" in printed
+    manifest = json.loads((tmp_path / "pictures" / "manifest.json").read_text())
+    told = [(row["text"], row["negative"], row["seed"]) for row in manifest["pictures"]]
+    assert told == [(r["caption"], r["without"], r["seed"] + more) for r in rows for more in (0, 1)]
+    assert len({row["file"] for row in manifest["pictures"]}) == 10
+    (tmp_path / "pictures" / manifest["pictures"][7]["file"]).unlink()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures" / "pictures").iterdir()}
+    generate.run(finished.load(GenerateJob, "generate", *settings))
+    assert "generate: 1 of 10 pictures made" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())

@@ -3,114 +3,90 @@
 from __future__ import annotations
 
 import io
+import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from model.config import Conditioning
+from model.conditioning import drop
+from model.config import UNET_PRESETS, VAE_PRESETS, Conditioning
 from model.diffusion import Diffusion, gaussian
+from model.sampler import StepNoise, step_noise
 from model.text import TextFeatures, tokenize
 from model.vae import unscale
 from pipelines import networks
-from pipelines.config import GenerateConfig, PromptsConfig, Size
+from pipelines.config import GenerateConfig
+from pipelines.evaluate.prompts import Prompt, batches, read_prompts
 from pipelines.pictures import contact_sheet, to_pixels
 from pipelines.progress import progress
-from pipelines.sampling import base_denoiser, generate, refiner_denoiser
-from pipelines.schema import Column, digest, kept_rows, require_manifest
+from pipelines.sampling import Conditions, Told, base_denoiser, generate, refiner_denoiser
 from pipelines.stages import actors, dataset_of
 from pipelines.storage import Storage, StorageOptions
 
-MANIFEST, SHEET = "manifest.json", "contact_sheet.png"
+MANIFEST = "manifest.json"
 SHEET_PICTURES, SHEET_COLUMNS, SHEET_SIDE = 64, 8, 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """One picture to make."""
+class Made:
+    """What a run of the job has done."""
 
-    number: int
-    """Its place among the prompts; picks its noise."""
-    text: str
-    """The prompt."""
-    size: Size
-    """(height, width) of the picture in pixels."""
-    original_size: Size
-    """(height, width) that the base is told as the original's, pixels."""
-    path: str | None = None
-    """The image whose caption it is, below the source, where it comes from an index."""
+    pictures: list[dict[str, Any]]
+    """Every prompt with its file, in the prompts' order."""
+    made: int
+    """Pictures that were not there before."""
+    sheets: list[str]
+    """Files of the contact sheets."""
 
 
-def read_prompts(config: PromptsConfig, options: StorageOptions) -> list[Prompt]:
-    """The prompts of a config. Raises ValueError where there is none."""
-    if config.index is not None:
-        index = Storage(config.index, options)
-        rows = kept_rows(index, require_manifest(index, "index")).sort_by(Column.PATH).to_pylist()[: config.count]
-        found = [
-            Prompt(
-                number=number,
-                text=row[Column.CAPTION],
-                size=tuple(row[Column.BUCKET]),
-                original_size=tuple(row[Column.ORIGINAL_SIZE]),
-                path=row[Column.PATH],
-            )
-            for number, row in enumerate(rows)
-        ]
-    else:
-        texts: Sequence[str] = config.texts
-        if config.file is not None:
-            folder, _, name = config.file.rpartition("/")
-            lines = Storage(folder or ".", options).read(name).decode("utf-8").splitlines()
-            texts = [line.strip() for line in lines if line.strip()]
-        found = [
-            Prompt(number=number, text=text, size=config.size, original_size=config.size)
-            for number, text in enumerate(texts[: config.count])
-        ]
-    if not found:
-        raise ValueError("prompts: there is none")
-    return found
-
-
-def generate_pictures(config: GenerateConfig, output: Storage) -> dict[str, Any]:
-    """Make every picture that is not there yet; gives the manifest, which is also written, with a contact sheet."""
+def generate_pictures(config: GenerateConfig, output: Storage) -> Made:
+    """Make every picture that is not there yet, then write the contact sheets and, last, the manifest."""
     output.remove_incomplete()
-    config = _with_diffusion(config, output.options)
-    prompts = read_prompts(config.prompts, output.options)
+    config = with_diffusion(config, output.options)
+    prompts = checked_prompts(config, output.options)
     made_by = _fingerprint(config, output.options)
+    names = [prompt.picture_name(made_by) for prompt in prompts]
     there = {file.name for file in output.list("pictures")}
-    names = {prompt.number: picture_name(prompt, config, made_by) for prompt in prompts}
-    todo = [prompt for prompt in prompts if names[prompt.number] not in there]
+    todo = {name: prompt for name, prompt in zip(names, prompts, strict=True) if name not in there}
     if todo:
-        pictures = dataset_of(_batches(todo, names, config.batch)).map_batches(
-            Generator, fn_constructor_args=(config, output), **actors(config.resources)
+        blocks = batches(list(todo.values()), list(todo), config.batch)
+        pictures = dataset_of(blocks).map_batches(
+            Generator, fn_constructor_args=(config, made_by, output), **actors(config.resources)
         )
         with progress("generate", len(todo)) as bar:
             for _ in pictures.iter_rows():
                 bar.update(1)
-    manifest = {
-        "made_by": made_by,
-        "pictures": [{"file": names[prompt.number], **asdict(prompt)} for prompt in prompts],
-        "made": len(todo),
-    }
-    output.write(SHEET, _sheet(prompts[:SHEET_PICTURES], names, output))
-    output.write_json(MANIFEST, manifest)
-    return manifest
+    listed = [{"file": name, **asdict(prompt)} for name, prompt in zip(names, prompts, strict=True)]
+    sheets = _write_sheets(listed[: config.sheets * SHEET_PICTURES], output)
+    output.write_json(MANIFEST, {"made_by": made_by, "pictures": listed, "contact_sheets": sheets})
+    return Made(pictures=listed, made=len(todo), sheets=sheets)
 
 
-def picture_name(prompt: Prompt, config: GenerateConfig, made_by: dict[str, Any]) -> str:
-    """The file of a picture: another name for anything that would make another picture."""
-    return f"pictures/{prompt.number:06}-{digest([asdict(prompt), config.prompts.seed, made_by])[:12]}.png"
+def checked_prompts(config: GenerateConfig, options: StorageOptions) -> list[Prompt]:
+    """The prompts; ValueError where the networks cannot make a picture of a prompt's size."""
+    prompts = read_prompts(config.prompts, options)
+    side = VAE_PRESETS[config.vae.preset].downsample * max(
+        UNET_PRESETS[weights.preset].downsample for weights in (config.base, config.refiner) if weights is not None
+    )
+    wrong = Counter(prompt.size for prompt in prompts if any(s <= 0 or s % side for s in prompt.size))
+    if wrong:
+        sizes = ", ".join(f"{h} x {w} ({count} prompts)" for (h, w), count in sorted(wrong.items()))
+        raise ValueError(f"prompts: sides must be multiples of {side}, the networks' reduction: {sizes}")
+    return prompts
 
 
 class Generator:
     """One actor: all networks on one device."""
 
-    def __init__(self, config: GenerateConfig, output: Storage) -> None:
-        self.config, self.output = config, output
+    def __init__(self, config: GenerateConfig, made_by: dict[str, Any], output: Storage) -> None:
+        self.config, self.made_by, self.output = config, made_by, output
         options = output.options
         self.device = torch.device("cuda" if config.resources.gpus else "cpu")
         if not config.resources.gpus:
@@ -125,64 +101,69 @@ class Generator:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Make and store one batch of prompts of one size; gives the names of the pictures."""
-        prompts = rows.to_pylist()
-        images = self.pictures(prompts)
-        for prompt, image in zip(prompts, images, strict=True):
-            text = PngInfo()
-            text.add_itxt("prompt", prompt["text"])
-            text.add_text("number", str(prompt["number"]))
-            text.add_text("seed", str(self.config.prompts.seed))
-            text.add_text("guidance", repr(self.config.guidance))
+        names = rows.column("name").to_pylist()
+        prompts = [_prompt(row) for row in rows.drop_columns(["name"]).to_pylist()]
+        for name, prompt, image in zip(names, prompts, self.pictures(prompts), strict=True):
             buffer = io.BytesIO()
-            Image.fromarray(image).save(buffer, "PNG", pnginfo=text)
-            self.output.write(prompt["name"], buffer.getvalue())
+            Image.fromarray(image).save(buffer, "PNG", pnginfo=picture_text(prompt, self.made_by))
+            self.output.write(name, buffer.getvalue())
         return rows.select(["name"])
 
     @torch.no_grad()
-    def pictures(self, prompts: list[dict[str, Any]]) -> Any:
-        """uint8 [B, H, W, 3] of prompts of one size."""
-        config, vae = self.config, self.vae.config
-        height, width = prompts[0]["size"]
+    def pictures(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        """uint8 [H, W, 3] of each prompt; all are of one size."""
+        vae, config = self.vae.config, self.config.sampling
+        height, width = prompts[0].size
         shape = (vae.latent_channels, height // vae.downsample, width // vae.downsample)
-        noise = torch.cat([gaussian(config.prompts.seed, p["number"], 1, shape, self.device) for p in prompts])
-        text = self._encode([prompt["text"] for prompt in prompts])
+        noise = torch.cat([gaussian(p.seed, p.noise_index, 1, shape, self.device) for p in prompts])
+        text = self._encode([prompt.text for prompt in prompts])
         conditions = {
-            Conditioning.ORIGINAL_SIZE: self._column([prompt["original_size"] for prompt in prompts]),
-            Conditioning.CROP_TOP_LEFT: self._column([(0, 0)] * len(prompts)),
+            Conditioning.ORIGINAL_SIZE: self._column([prompt.original_size for prompt in prompts]),
+            Conditioning.CROP_TOP_LEFT: self._column([prompt.crop_top_left for prompt in prompts]),
             Conditioning.TARGET_SIZE: self._column([(height, width)] * len(prompts)),
         }
-        base = base_denoiser(self.base, self.diffusion, text, conditions, config.guidance)
+        positive, away = Told(text, conditions), self._away_from(prompts, conditions)
+        no_text = torch.tensor([prompt.negative is None for prompt in prompts], device=self.device)
+        zeroed = TextFeatures(drop(away.text.context, ~no_text), drop(away.text.pooled, ~no_text))
+        base = base_denoiser(self.base, self.diffusion, positive, Told(zeroed, away.conditions), config)
         refiner = None
         if self.refiner is not None:
-            empty = self._encode([""] * len(prompts))
-            refiner = refiner_denoiser(
-                self.refiner, self.diffusion, text=text, empty=empty, conditions=conditions, config=config.guidance
-            )
-        latents = generate(base, refiner, noise, self.diffusion, config.guidance)
-        return to_pixels(self.vae.decode(unscale(latents, vae.scaling_factor)))
+            refiner = refiner_denoiser(self.refiner, self.diffusion, positive, away, config)
+        latents = generate(base, refiner, noise, self.diffusion, config, self._step_noise(prompts, shape))
+        # One picture at a time: decoding takes the most memory, and all of a batch at once is no faster.
+        return [
+            to_pixels(self.vae.decode(unscale(latent, vae.scaling_factor)))[0] for latent in latents.float().split(1)
+        ]
+
+    def _away_from(self, prompts: Sequence[Prompt], conditions: Conditions) -> Told:
+        """The negative prompts, or the empty one; the base takes zeros in place of the empty one, as in training."""
+        size = self.config.prompts.negative_original_size
+        if size is not None:
+            conditions = {**conditions, Conditioning.ORIGINAL_SIZE: self._column([size] * len(prompts))}
+        return Told(self._encode([prompt.negative or "" for prompt in prompts]), conditions)
+
+    def _step_noise(self, prompts: Sequence[Prompt], shape: tuple[int, ...]) -> StepNoise:
+        return step_noise([(prompt.seed, prompt.noise_index) for prompt in prompts], shape, self.device)
 
     def _encode(self, captions: list[str]) -> TextFeatures:
         return self.text(tokenize(captions, self.text.config).to(self.device))
 
-    def _column(self, pairs: list[Size]) -> torch.Tensor:
+    def _column(self, pairs: list[tuple[int, int]]) -> torch.Tensor:
         return torch.tensor(pairs, dtype=torch.float32, device=self.device)
 
 
-def _batches(prompts: Sequence[Prompt], names: dict[int, str], size: int) -> list[pa.Table]:
-    """Tables of at most `size` prompts, all of one picture size."""
-    groups: dict[Size, list[Prompt]] = {}
-    for prompt in prompts:
-        groups.setdefault(prompt.size, []).append(prompt)
-    return [
-        pa.Table.from_pylist(
-            [asdict(prompt) | {"name": names[prompt.number]} for prompt in group[start : start + size]]
-        )
-        for group in groups.values()
-        for start in range(0, len(group), size)
-    ]
+def picture_text(prompt: Prompt, made_by: dict[str, Any]) -> PngInfo:
+    """What a picture's file says of it: prompt and seed by themselves, and everything that it depends on as JSON."""
+    text = PngInfo()
+    text.add_itxt("prompt", prompt.text)
+    if prompt.negative is not None:
+        text.add_itxt("negative_prompt", prompt.negative)
+    text.add_text("seed", str(prompt.seed))
+    text.add_itxt("settings", json.dumps(asdict(prompt) | made_by, ensure_ascii=False, sort_keys=True))
+    return text
 
 
-def _with_diffusion(config: GenerateConfig, options: StorageOptions) -> GenerateConfig:
+def with_diffusion(config: GenerateConfig, options: StorageOptions) -> GenerateConfig:
     """The config with the noise schedule that the networks were trained with. ValueError where they differ in it."""
     if config.diffusion is not None:
         return config
@@ -199,12 +180,30 @@ def _fingerprint(config: GenerateConfig, options: StorageOptions) -> dict[str, A
     if config.refiner:
         weights["refiner"] = networks.unet_fingerprint(config.refiner, options)
     assert config.diffusion is not None
-    settings = {"diffusion": asdict(config.diffusion), "guidance": asdict(config.guidance), "dtype": config.dtype}
-    return weights | settings
+    return {
+        "weights": weights,
+        "diffusion": asdict(config.diffusion),
+        "sampling": asdict(config.sampling),
+        "dtype": config.dtype,
+        "negative_original_size": config.prompts.negative_original_size,
+    }
 
 
-def _sheet(prompts: Sequence[Prompt], names: dict[int, str], output: Storage) -> bytes:
-    cells = [(prompt.text, [Image.open(io.BytesIO(output.read(names[prompt.number])))]) for prompt in prompts]
-    buffer = io.BytesIO()
-    contact_sheet(cells, SHEET_COLUMNS, SHEET_SIDE).save(buffer, "PNG")
-    return buffer.getvalue()
+def _prompt(row: dict[str, Any]) -> Prompt:
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Prompt(**values)
+
+
+def _write_sheets(pictures: Sequence[dict[str, Any]], output: Storage) -> list[str]:
+    """Contact sheets of the pictures, in order; gives their names."""
+    names = []
+    for start in range(0, len(pictures), SHEET_PICTURES):
+        cells = [
+            (row["text"], [Image.open(io.BytesIO(output.read(row["file"])))])
+            for row in pictures[start : start + SHEET_PICTURES]
+        ]
+        buffer = io.BytesIO()
+        contact_sheet(cells, SHEET_COLUMNS, SHEET_SIDE).save(buffer, "PNG")
+        names.append(f"contact_sheets/{start // SHEET_PICTURES:04}.png")
+        output.write(names[-1], buffer.getvalue())
+    return names

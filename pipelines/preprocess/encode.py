@@ -11,7 +11,9 @@ import pyarrow.compute as pc
 import torch
 
 from model.config import CONTEXT_LENGTH
+from model.finite import NotFiniteError
 from model.text import tokenize
+from model.vae import VAE, Posterior
 from pipelines import networks
 from pipelines.config import CropConfig, EncodeConfig, Size, TextWeightsConfig, WeightsConfig
 from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, crop_pixels, decode, draw_crop
@@ -95,7 +97,10 @@ class Encoder:
         schema = latents_schema(mean.shape[1:], context.shape[1:], pooled.shape[1:])
         for name in (Column.PATH, FAILURE, *(name for name in rows.column_names if name.startswith("unit"))):
             schema = schema.append(rows.schema.field(name))
-        reasons = [None if ok else f"not finite in {self.config.dtype}" for ok in finite]
+        reason = f"not finite in {self.config.dtype}"
+        if self.config.dtype == "float16":
+            reason += "; set encode.dtype to bfloat16 or float32"
+        reasons = [None if ok else reason for ok in finite]
         good = good.set_column(good.schema.get_field_index(FAILURE), FAILURE, pa.array(reasons, pa.string()))
         encoded = [
             tensor_column(tensors[field.name]) if field.name in tensors else good.column(field.name).cast(field.type)
@@ -132,10 +137,23 @@ class Encoder:
 
 
 @torch.no_grad()
-def encode_image(vae, pixels: torch.Tensor):  # type: ignore[no-untyped-def]
-    """uint8 [B, H, W, 3] -> the VAE's posterior."""
+def encode_image(vae: VAE, pixels: torch.Tensor) -> Posterior:
+    """uint8 [B, H, W, 3] -> the VAE's posterior; NaN for the images that overflow in float16, which fails their row."""
     image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
-    return vae.encode(image.to(next(vae.parameters()).dtype))
+    try:
+        return vae.encode(image)
+    except NotFiniteError as error:
+        fits = torch.ones(len(image), dtype=torch.bool)
+        fits[list(error.samples)] = False
+    mean = image.new_full(
+        (len(image), vae.config.latent_channels, *(side // vae.config.downsample for side in image.shape[2:])),
+        float("nan"),
+    )
+    std = mean.clone()
+    if fits.any():
+        rest = encode_image(vae, pixels[fits.to(pixels.device)])
+        mean[fits.to(mean.device)], std[fits.to(std.device)] = rest.mean, rest.std
+    return Posterior(mean=mean, std=std)
 
 
 def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -13,7 +13,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from model.config import Conditioning
 from pipelines import networks
-from pipelines.checkpoints import CHECKPOINTS
+from pipelines.checkpoints import CHECKPOINTS, RUN
 from pipelines.config import (
     BatchConfig,
     DenoiserTaskConfig,
@@ -32,7 +32,6 @@ from pipelines.storage import Storage, StorageOptions
 from pipelines.tracking import Lineage, closing, open_run, tracking_uri
 from pipelines.train.loop import Training, train_on_worker
 
-RUN = "run.json"  # what a run is: its stage, settings, pinned dataset and MLflow run; finished_images when it is done
 FREE_SETTINGS = (
     "schedule.",
     "tracking.",
@@ -178,6 +177,9 @@ def _trainer(training: Training) -> TorchTrainer:
 
 def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], output: Storage) -> None:
     old, new = flat(before), flat(now)
+    for key in old:  # a part that was left out, and is not now, has no key of its own any more but keys below it
+        if any(name.startswith(f"{key}.") for name in new):
+            new[key] = "given"
     free = FREE_PATHS + (LATENTS_PATHS if "task.latents" in old else ())
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"

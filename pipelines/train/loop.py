@@ -18,6 +18,7 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointConsistencyMode
 
+from model.speed import compile_blocks
 from model.unet import UNet
 from model.vae import VAE
 from pipelines.checkpoints import PROGRESS
@@ -120,6 +121,8 @@ def _engines(task: Task, training: Training, device: torch.device) -> dict[str, 
     for place, (name, network) in enumerate(task.networks().items()):
         if isinstance(network, UNet | VAE):
             network.activation_checkpointing = training.workers.activation_checkpointing
+            if training.workers.compile:
+                compile_blocks(network)
         engines[name] = Engine(
             name,
             network.to(device).train(),

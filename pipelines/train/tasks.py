@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.conditioning import conditioning_vector, drop, select_context
+from model.conditioning import conditioning_vector, select_context
 from model.config import Conditioning
-from model.diffusion import Diffusion, denoiser_loss, draw, gaussian, offset_noise
+from model.denoiser_loss import denoiser_loss, draw, drop_text, min_snr_weight, offset_noise
+from model.diffusion import Diffusion, gaussian
+from model.sampler import step_noise
 from model.text import TextFeatures, tokenize
 from model.unet import UNet
 from model.vae import VAE, scale, unscale
@@ -23,13 +25,14 @@ from model.vae_loss import (
     adversarial_loss,
     divergence_loss,
     hinge_loss,
+    perceptual_loss,
     reconstruction_loss,
 )
 from model.weights import Kind, save_weights
 from pipelines import networks
 from pipelines.config import BatchConfig, DenoiserTaskConfig, VAETaskConfig
 from pipelines.pictures import grid, to_pixels
-from pipelines.sampling import base_denoiser, generate, refine, refiner_denoiser
+from pipelines.sampling import Told, base_denoiser, generate, refine, refiner_denoiser
 from pipelines.schema import require_manifest
 from pipelines.storage import Storage, StorageOptions
 from pipelines.train.batches import Batch, ImageBatch, ImageReader, LatentBatch, LatentReader, Reader
@@ -89,6 +92,7 @@ class DenoiserTask:
         self.reader = LatentReader(dataset, manifest)
         self._config, self._batch, self._options, self._device = config, batch, options, device
         self._scaling_factor = float(manifest.facts["vae"]["scaling_factor"])
+        self._clip_l_width = networks.text_config(config.text).clip_l.width
         self._unet = networks.unet(config.unet, options)
         self._diffusion = Diffusion(config.diffusion, device)
 
@@ -97,7 +101,7 @@ class DenoiserTask:
         return {"unet": self._unet}
 
     def losses(self, engines: Mapping[str, Engine], batch: Batch) -> Iterator[Loss]:
-        """Squared error of the prediction, per sample."""
+        """Squared error of the prediction, per sample; where min-SNR weighs it, unweighted for the curves as well."""
         assert isinstance(batch, LatentBatch)
         config, unet = self._config.loss, self._unet.config
         size, shape = len(batch.mean), batch.mean.shape[1:]
@@ -106,11 +110,16 @@ class DenoiserTask:
         latents = scale(batch.mean, batch.std, draws.posterior_noise, self._scaling_factor)  # [B,4,h,w]
         noise = offset_noise(draws.noise, config.offset_noise, draws)  # [B,4,h,w]
         noisy_latents = self._diffusion.add_noise(latents, noise, draws.timesteps)  # [B,4,h,w]
-        context = drop(select_context(batch.context, unet), draws.keep_context)  # [B,77,D]
-        pooled = drop(batch.pooled, draws.keep_pooled)  # [B,P]
+        context, pooled = drop_text(batch.context, batch.pooled, draws, self._clip_l_width)  # [B,77,2048], [B,P]
+        context = select_context(context, unet)  # [B,77,D]
         vector = conditioning_vector(pooled, batch.conditions, unet, draws.keep_sizes)  # [B,V]
         prediction = engines["unet"](noisy_latents, draws.timesteps, context, vector)  # [B,4,h,w]
-        yield Loss("unet", denoiser_loss(prediction, self._diffusion.target(latents, noise, draws.timesteps)), {})
+        error = denoiser_loss(prediction, self._diffusion.target(latents, noise, draws.timesteps))  # [B]
+        if config.min_snr_gamma is None:
+            yield Loss("unet", error, {})
+            return
+        weight = min_snr_weight(self._diffusion, draws.timesteps, config.min_snr_gamma)  # [B]
+        yield Loss("unet", weight * error, {"squared_error": error})
 
     def samples(self, network: nn.Module, batch: Batch) -> np.ndarray:
         """The rows' images through the VAE, and below them: the base's own pictures for their captions, or the
@@ -120,19 +129,21 @@ class DenoiserTask:
         batch = to_device(batch, self._device)
         vae = self._frozen_vae
         noise = gaussian(self._batch.seed, 0, len(batch.mean), batch.mean.shape[1:], self._device)
-        text = TextFeatures(batch.context, batch.pooled)
-        guidance = self._config.samples
+        # Pictures are asked for the config's aesthetic score, not for their own rows'.
+        sizes = dict(batch.conditions)
+        sizes.pop(Conditioning.AESTHETIC_SCORE, None)
+        told = Told(TextFeatures(batch.context, batch.pooled), sizes)
+        sampling = self._config.samples
         latents = batch.mean * self._scaling_factor
+        fresh = step_noise([(self._batch.seed, row) for row in range(len(latents))], latents.shape[1:], self._device)
         if Conditioning.AESTHETIC_SCORE in network.config.conditioning:
             one, count = self._empty_prompt, len(batch.mean)
             empty = TextFeatures(one.context.expand(count, -1, -1), one.pooled.expand(count, -1))
-            denoise = refiner_denoiser(
-                network, self._diffusion, text=text, empty=empty, conditions=batch.conditions, config=guidance
-            )
-            made = refine(denoise, latents, noise, self._diffusion, guidance)
+            denoise = refiner_denoiser(network, self._diffusion, told, Told(empty, sizes), sampling)
+            made = refine(denoise, latents, noise, self._diffusion, sampling, fresh)
         else:
-            denoise = base_denoiser(network, self._diffusion, text, batch.conditions, guidance)
-            made = generate(denoise, None, noise, self._diffusion, guidance)
+            denoise = base_denoiser(network, self._diffusion, told, None, sampling)
+            made = generate(denoise, None, noise, self._diffusion, sampling, fresh)
         with torch.no_grad():  # one picture at a time: decoding takes the most memory
             pictures = [
                 np.concatenate([to_pixels(vae.decode(unscale(x, self._scaling_factor))) for x in row.split(1)])
@@ -172,13 +183,18 @@ class VAETask:
         self._config, self._batch, self._device = config, batch, device
         self._vae = networks.vae(config.vae, options)
         self._discriminator = networks.discriminator(config.discriminator, batch.seed)
+        self._lpips = networks.lpips(config.lpips, options).to(device) if config.lpips else None
 
     def networks(self) -> dict[str, nn.Module]:
         """The VAE and its discriminator."""
         return {"vae": self._vae, "discriminator": self._discriminator}
 
     def losses(self, engines: Mapping[str, Engine], batch: Batch) -> Iterator[Loss]:
-        """The VAE's loss, and once the adversarial term has joined, the discriminator's on the same pictures."""
+        """The VAE's loss, and once the adversarial term has joined, the discriminator's on the same pictures.
+
+        Where the task names the weights of LPIPS, its distance is part of the reconstruction error, which the
+        adversarial term is compared with.
+        """
         assert isinstance(batch, ImageBatch)
         config = self._config.loss
         image = batch.image.to(self._device)  # [B,3,H,W]
@@ -186,8 +202,13 @@ class VAETask:
         reconstruction, posterior = engines["vae"](image, noise)  # [B,3,H,W]
         error = reconstruction_loss(image, reconstruction)  # [B]
         divergence = divergence_loss(posterior, image)  # [B]
-        total = error + config.kl_weight * divergence  # [B]
         terms = {"reconstruction": error, "divergence": divergence}
+        if self._lpips is not None:
+            self._lpips.activation_checkpointing = self._vae.activation_checkpointing
+            distance = self._lpips(image, reconstruction)  # [B]
+            error = error + config.perceptual_weight * perceptual_loss(distance, image)  # [B]
+            terms["perceptual"] = distance
+        total = error + config.kl_weight * divergence  # [B]
         begun = batch.first - batch.first % self._batch.global_size  # images seen before this step, on every worker
         if begun < config.adversarial_start_images:
             yield Loss("vae", total, terms)

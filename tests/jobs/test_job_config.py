@@ -6,6 +6,7 @@ import pytest
 
 from jobs.cli import SUBMITTED, JobError, load
 from jobs.config import DemoJob, GenerateJob, PreprocessJob, TrainBaseJob, TrainRefinerJob, TrainVAEJob
+from model.config import SamplerName
 
 JOBS = {
     PreprocessJob: """
@@ -110,7 +111,7 @@ def wrong(make, kind: type, *overrides: str) -> str:
         (PreprocessJob, "crop.flip_change=0.5", "crop.flip_change", "flip_chance"),
         (TrainVAEJob, "task.source.pat='x'", "task.source.pat", "path"),
         (GenerateJob, "generate.prompts.text=['x']", "generate.prompts.text", "texts"),
-        (GenerateJob, "generate.guidance.hand_over=3", "generate.guidance.hand_over", "handover"),
+        (GenerateJob, "generate.sampling.hand_over=3", "generate.sampling.hand_over", "handover"),
         (DemoJob, "ray.adress='auto'", "ray.adress", "address"),
     ],
 )
@@ -319,6 +320,12 @@ def test_preprocessing_is_refused_with(make, setting):
         "optimizer.clip_norm=-1",
         "ema.rampup=0",
         "task.loss.text_dropout=1.5",
+        "task.loss.caption_dropout=-0.1",
+        "task.loss.min_snr_gamma=0",
+        "task.loss.timestep_bias.multiplier=0",
+        "task.loss.timestep_bias.portion=0",
+        "task.loss.timestep_bias.range=[0, 5]",
+        "task.loss.timestep_bias.strategy=sometimes",
         "task.loss.size_dropout=-0.5",
         "task.loss.offset_noise=-1",
         "task.diffusion.prediction_type=velocity",
@@ -329,6 +336,43 @@ def test_preprocessing_is_refused_with(make, setting):
 )
 def test_training_is_refused_with(make, setting):
     assert setting.partition("=")[0] in wrong(make, TrainBaseJob, setting)
+
+
+def test_biased_timesteps_lie_among_those_that_are_drawn(make):
+    strategy = "task.loss.timestep_bias.strategy"
+    assert make(TrainRefinerJob, f"{strategy}=later").task.loss.biased_timesteps == (150, 200)
+    assert make(TrainBaseJob, f"{strategy}=earlier").task.loss.biased_timesteps == (0, 250)
+    bounds = "task.loss.timestep_bias.range=[100, 300]"
+    assert make(TrainBaseJob, f"{strategy}=range", bounds).task.loss.biased_timesteps == (100, 300)
+    assert "[100, 300], which are none or not all" in wrong(make, TrainRefinerJob, f"{strategy}=range", bounds)
+    assert "range: is None with the strategy 'range'" in wrong(make, TrainBaseJob, f"{strategy}=range")
+    few = "task.loss.timestep_bias.portion=0.001"
+    assert "[200, 200], which are none" in wrong(make, TrainRefinerJob, f"{strategy}=later", few)
+
+
+def test_a_schedule_that_ends_without_a_signal_needs_v(make):
+    zero, v = "task.diffusion.zero_terminal_snr=true", "task.diffusion.prediction_type=v"
+    message = wrong(make, TrainBaseJob, zero)
+    assert "task.diffusion" in message
+    assert "zero_terminal_snr needs prediction_type 'v'" in message
+    assert make(TrainBaseJob, zero, v).task.diffusion.zero_terminal_snr
+
+
+def test_the_perceptual_loss_is_left_out_or_named_in_full(make, tmp_path):
+    trunk, heads = "task.lpips.trunk=vgg16.safetensors", "task.lpips.heads=heads.safetensors"
+    assert make(TrainVAEJob).task.lpips is None
+    assert make(TrainVAEJob, trunk, heads).task.lpips.trunk == f"{tmp_path}/vgg16.safetensors"
+    assert "task.lpips.heads: is missing" in wrong(make, TrainVAEJob, trunk)
+    assert "task.lpips.trunk: is missing" in wrong(make, TrainVAEJob, heads)
+    assert "there is no preset 'vgg'" in wrong(make, TrainVAEJob, trunk, heads, "task.lpips.preset=vgg")
+    pickled = "task.lpips.trunk=vgg16.pth"
+    assert "set task.lpips.allow_pickle" in wrong(make, TrainVAEJob, pickled, heads)
+    assert make(TrainVAEJob, pickled, heads, "task.lpips.allow_pickle=true")
+
+
+@pytest.mark.parametrize("name", ["perceptual_weight", "kl_weight", "adversarial_weight", "adversarial_start_images"])
+def test_weights_of_the_vaes_loss_are_not_negative(make, name):
+    assert f"task.loss.{name}" in wrong(make, TrainVAEJob, f"task.loss.{name}=-1")
 
 
 def test_latents_need_a_folder_and_a_trained_vae_and_the_index_needs_neither(make):
@@ -381,12 +425,20 @@ def test_pictures_have_sides_that_the_networks_can_halve(make, size):
 
 
 def test_the_base_keeps_a_timestep(make):
-    assert "leaves no timestep to the base" in wrong(make, GenerateJob, "generate.guidance.handover=1000")
+    assert "leaves no timestep to the base" in wrong(make, GenerateJob, "generate.sampling.handover=1000")
 
 
 def test_a_refiners_samples_need_a_timestep_below_the_hand_over(make):
     message = wrong(make, TrainRefinerJob, "schedule.sample_images=80", "task.samples.handover=0")
     assert "task.samples.handover" in message
+
+
+def test_a_refiner_by_sdedit_needs_a_step_and_no_hand_over(make):
+    sdedit = ("generate.sampling.refiner='sdedit'", "generate.sampling.handover=0", "generate.sampling.steps=20")
+    sampling = make(GenerateJob, *sdedit, "generate.sampling.sampler='dpmpp_2m'").generate.sampling
+    assert (sampling.refiner, sampling.sampler, sampling.eta) == ("sdedit", SamplerName.DPMPP_2M, None)
+    message = wrong(make, GenerateJob, *sdedit, "generate.sampling.strength=0.04")
+    assert "generate.sampling.strength: 0.04 of 20 steps leaves none" in message
 
 
 def test_local_paths_become_absolute(make, tmp_path):

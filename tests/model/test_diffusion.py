@@ -1,15 +1,12 @@
-import dataclasses
-
 import pytest
 import torch
 
 from model.conditioning import conditioning_vector, drop, select_context
-from model.config import UNET_PRESETS, Conditioning, DenoiserLossConfig, DiffusionConfig, PredictionType
-from model.diffusion import Diffusion, denoiser_loss, draw, gaussian, offset_noise
+from model.config import UNET_PRESETS, Conditioning, DiffusionConfig, PredictionType
+from model.diffusion import Diffusion, gaussian
 from model.layers import fourier
 
 SHAPE = (4, 6, 8)
-LOSS = DenoiserLossConfig(text_dropout=0.5, size_dropout=0.5)
 
 
 def test_schedule_has_the_published_values():
@@ -31,7 +28,6 @@ def test_a_perfect_prediction_gives_back_latents_and_noise(prediction_type):
     target = diffusion.target(latents, noise, timesteps)
     torch.testing.assert_close(diffusion.predict_x0(noisy, target, timesteps), latents, rtol=0, atol=2e-5)
     torch.testing.assert_close(diffusion.prediction_to_epsilon(noisy, target, timesteps), noise, rtol=0, atol=2e-6)
-    assert denoiser_loss(target, target).tolist() == [0.0] * 5
 
 
 def test_v_and_noisy_latents_are_x0_and_noise_turned_by_an_angle():
@@ -42,55 +38,52 @@ def test_v_and_noisy_latents_are_x0_and_noise_turned_by_an_angle():
     torch.testing.assert_close(noisy.square() + v.square(), latents.square() + noise.square())
 
 
-def test_loss_is_per_sample():
-    prediction = torch.zeros(3, *SHAPE)
-    target = torch.arange(3.0).view(3, 1, 1, 1).expand(3, *SHAPE)
-    assert denoiser_loss(prediction, target).tolist() == [0.0, 1.0, 4.0]
-    assert denoiser_loss(prediction.bfloat16(), target.bfloat16()).dtype == torch.float32
+def zero_terminal() -> Diffusion:
+    return Diffusion(DiffusionConfig(prediction_type=PredictionType.V, zero_terminal_snr=True))
 
 
-def test_draws_do_not_depend_on_how_the_stream_is_cut():
-    whole = draw(7, 100, 6, SHAPE, LOSS, 3)
-    parts = [draw(7, first, count, SHAPE, LOSS, 3) for first, count in ((100, 1), (101, 2), (103, 3))]
-    for field in dataclasses.fields(whole):
-        joined = torch.cat([getattr(part, field.name) for part in parts])
-        assert torch.equal(joined, getattr(whole, field.name)), field.name
+def test_zero_terminal_snr_equals_diffusers_and_ends_at_exactly_nothing():
+    from diffusers import DDPMScheduler
+
+    diffusion, config = zero_terminal(), DiffusionConfig()
+    theirs = DDPMScheduler(
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule="scaled_linear",
+        rescale_betas_zero_snr=True,
+    )
+    torch.testing.assert_close(diffusion.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-4, atol=0)  # theirs in fp32
+    assert diffusion.alphas_cumprod[-1] == 0
+    assert diffusion.alphas_cumprod[0] == Diffusion(config).alphas_cumprod[0]
+    assert (diffusion.alphas_cumprod.diff() < 0).all()
+
+
+def test_sigmas_stay_finite_where_the_signal_ends():
+    diffusion = zero_terminal()
+    assert float(diffusion.sigmas[-1]) == pytest.approx(4096, rel=1e-6)
+    assert (diffusion.sigmas.diff() > 0).all()
+    above = diffusion.alphas_cumprod[:-1].double()
+    torch.testing.assert_close(diffusion.sigmas[:-1].double(), ((1 - above) / above).sqrt(), rtol=1e-4, atol=0)
+
+
+def test_at_a_signal_of_zero_noise_is_all_that_is_left_and_v_tells_the_image():
+    diffusion = zero_terminal()
+    latents, noise = gaussian(0, 0, 2 * 2, SHAPE).chunk(2)
+    last = torch.tensor([999, 999])
+    noisy, v = diffusion.add_noise(latents, noise, last), diffusion.target(latents, noise, last)
+    assert torch.equal(noisy, noise)
+    assert torch.equal(v, -latents)
+    assert torch.equal(diffusion.predict_x0(noisy, v, last), latents)
+    assert torch.equal(diffusion.prediction_to_epsilon(noisy, v, last), noise)
+
+
+def test_noise_cannot_be_predicted_where_the_signal_ends():
+    with pytest.raises(ValueError, match="zero_terminal_snr needs prediction_type 'v'"):
+        DiffusionConfig(zero_terminal_snr=True)
+
+
+def test_gaussian_draws_do_not_depend_on_how_the_stream_is_cut():
     assert torch.equal(gaussian(7, 100, 6, SHAPE)[4:], gaussian(7, 104, 2, SHAPE))
-
-
-def test_small_draws_do_not_depend_on_the_bucket():
-    square, wide = draw(7, 0, 8, (4, 8, 8), LOSS, 3), draw(7, 0, 8, (4, 4, 16), LOSS, 3)
-    for name in ("timesteps", "channel_noise", "keep_context", "keep_pooled", "keep_sizes"):
-        assert torch.equal(getattr(square, name), getattr(wide, name)), name
-
-
-def test_every_draw_is_unlike_every_other():
-    draws = draw(7, 0, 200, SHAPE, LOSS, 3)
-    flat = torch.cat([draws.noise, draws.posterior_noise, gaussian(7, 0, 200, SHAPE), gaussian(8, 0, 200, SHAPE)])
-    flat = flat.flatten(1)
-    assert abs(flat.mean()) < 0.01
-    assert abs(flat.var() - 1) < 0.01
-    correlation = torch.corrcoef(flat) - torch.eye(len(flat))
-    assert correlation.abs().max() < 6 * flat.shape[1] ** -0.5
-
-
-def test_draws_have_the_shapes_ranges_and_rates_of_the_config():
-    draws = draw(1, 0, 2000, (4, 1, 1), DenoiserLossConfig(timesteps=(0, 200), text_dropout=0.2), 4)
-    assert (draws.timesteps.min(), draws.timesteps.max()) == (0, 199)
-    assert draws.timesteps.dtype == torch.int64
-    assert draws.channel_noise.shape == (2000, 4, 1, 1)
-    assert draws.keep_sizes.shape == (2000, 4)
-    assert draws.keep_sizes.all()
-    dropped_context, dropped_pooled = ~draws.keep_context, ~draws.keep_pooled
-    assert abs(dropped_context.float().mean() - 0.2) < 0.03
-    assert abs((dropped_context & dropped_pooled).float().mean() - 0.04) < 0.02  # independent of each other
-
-
-def test_offset_noise_shifts_whole_channels():
-    draws = draw(1, 0, 3, SHAPE, LOSS, 3)
-    shift = offset_noise(draws.noise, 0.05, draws) - draws.noise
-    torch.testing.assert_close(shift, 0.05 * draws.channel_noise.expand_as(shift), rtol=0, atol=1e-6)
-    assert torch.equal(offset_noise(draws.noise, 0.0, draws), draws.noise)
 
 
 def conditions(batch=2):

@@ -1,27 +1,78 @@
+import math
+from itertools import pairwise
+
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
 
-from model.config import UNET_PRESETS, DiffusionConfig, PredictionType
+from model.config import BASE_CONDITIONING, DiffusionConfig, PredictionType, SamplerName, Spacing, UNetConfig
 from model.diffusion import Diffusion, gaussian
+from model.noise_levels import (
+    NoiseLevels,
+    karras_sigmas,
+    levels_at,
+    levels_of,
+    noise_levels,
+    timesteps_leading,
+    timesteps_trailing,
+)
 from model.sampler import (
     Condition,
     Guidance,
+    ancestral_levels,
     denoiser,
     initial_noise,
+    noised,
     sample,
     sample_ensemble,
-    timesteps_leading,
-    timesteps_trailing,
+    step_noise,
+    step_noise_after,
 )
 from model.unet import UNet
 
 DIFFUSION = Diffusion(DiffusionConfig())
-CONFIG = UNET_PRESETS["tiny-base"]
+ZERO_SNR = DiffusionConfig(prediction_type=PredictionType.V, zero_terminal_snr=True)
+CONFIG = UNetConfig(
+    model_channels=32,
+    channel_mult=(1, 2),
+    transformer_depth=(0, 1),
+    middle_depth=1,
+    num_res_blocks=1,
+    context_dim=16,
+    pooled_dim=8,
+    conditioning=BASE_CONDITIONING,
+    head_channels=16,
+    conditioning_embed_dim=8,
+    norm_groups=8,
+)
+SHAPE = (4, 8, 8)
+NOISE = gaussian(0, 0, 2, SHAPE)
+FRESH = step_noise([(0, 0), (0, 1)], SHAPE)
+STEPS = 20
+PUBLISHED = {
+    SamplerName.EULER: EulerDiscreteScheduler,
+    SamplerName.EULER_ANCESTRAL: EulerAncestralDiscreteScheduler,
+    SamplerName.DPMPP_2M: DPMSolverMultistepScheduler,
+    SamplerName.DDIM: DDIMScheduler,
+}
 
 
 @pytest.fixture
 def unet(randomized):
     return randomized(UNet(CONFIG))
+
+
+@pytest.fixture
+def published_noise(monkeypatch):
+    """Gives diffusers' samplers the noise of our steps, one after another."""
+    count = iter(range(10_000))
+    for scheduler in (EulerAncestralDiscreteScheduler, DDIMScheduler):
+        monkeypatch.setattr(f"{scheduler.__module__}.randn_tensor", lambda *a, **k: FRESH(next(count)))
 
 
 def condition(seed, batch=2):
@@ -32,71 +83,214 @@ def condition(seed, batch=2):
     )
 
 
-def start(timesteps, batch=2):
-    return initial_noise(gaussian(0, 0, batch, (4, 8, 8)), DIFFUSION, timesteps)
-
-
-def test_one_known_image_is_reached_exactly():
-    image = torch.randn(2, 4, 8, 8)
-    timesteps = timesteps_leading(7)
-    found = sample(lambda x, sigma, timestep: image, start(timesteps), DIFFUSION, timesteps)
-    torch.testing.assert_close(found, image)
-
-
-def test_steps_converge_to_the_solution_for_gaussian_data():
-    spread = 0.5
-
-    def denoise(x, sigma, timestep):
-        return x * spread**2 / (spread**2 + sigma**2)
-
-    errors = []
-    for steps in (50, 200, 1000):
-        timesteps = timesteps_trailing(steps)
-        x = start(timesteps)
-        exact = x * spread / (spread**2 + float(DIFFUSION.sigmas[999]) ** 2) ** 0.5
-        errors.append(float((sample(denoise, x, DIFFUSION, timesteps) - exact).norm() / exact.norm()))
-    assert errors[0] > 2 * errors[1] > 4 * errors[2]
-    assert errors[2] < 0.02
-
-
-@pytest.mark.parametrize("prediction_type", PredictionType)
-@pytest.mark.parametrize(
-    ("spacing", "timesteps"), [("leading", timesteps_leading(8)), ("trailing", timesteps_trailing(8))]
-)
-def test_sampling_equals_diffusers_euler(unet, relative_error, prediction_type, spacing, timesteps):
-    from diffusers import EulerDiscreteScheduler
-
-    config = DiffusionConfig(prediction_type=prediction_type)
-    diffusion, told = Diffusion(config), condition(3)
-    scheduler = EulerDiscreteScheduler(
+def published(sampler, config, **settings):
+    """diffusers' sampler on our schedule."""
+    own = {SamplerName.DDIM: {"clip_sample": False, "set_alpha_to_one": True}}
+    return PUBLISHED[sampler](
+        num_train_timesteps=config.num_timesteps,
         beta_start=config.beta_start,
         beta_end=config.beta_end,
         beta_schedule="scaled_linear",
-        timestep_spacing=spacing,
+        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[config.prediction_type],
         steps_offset=1,
-        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[prediction_type],
+        rescale_betas_zero_snr=config.zero_terminal_snr,
+        **own.get(sampler, {}),
+        **settings,
     )
-    scheduler.set_timesteps(len(timesteps))
-    assert scheduler.timesteps.tolist() == timesteps
-    x = start(timesteps)
-    if spacing == "leading":
-        torch.testing.assert_close(x, gaussian(0, 0, 2, (4, 8, 8)) * scheduler.init_noise_sigma)
-    expected = x
-    with torch.no_grad():
-        for timestep in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(expected, timestep)
-            prediction = unet(scaled, timestep.expand(2), told.context, told.vector)
-            expected = scheduler.step(prediction, timestep, expected).prev_sample
-    found = sample(denoiser(unet, diffusion, told), x, diffusion, timesteps)
+
+
+@torch.no_grad()
+def published_sample(scheduler, predict, x, **settings):
+    for timestep in scheduler.timesteps:
+        prediction = predict(scheduler.scale_model_input(x, timestep), timestep)
+        x = scheduler.step(prediction, timestep, x, **settings).prev_sample
+    return x
+
+
+def start_of(scheduler, levels):
+    """Unit noise as the published sampler takes it: in sigma form where it scales what the network sees."""
+    scales = isinstance(scheduler, (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler))
+    return initial_noise(NOISE, levels) if scales else NOISE
+
+
+def schedule_of(scheduler, levels):
+    """Makes a published sampler step through our levels."""
+    scheduler.set_timesteps(len(levels.timesteps))
+    scheduler.timesteps, scheduler.sigmas = torch.tensor(levels.timesteps), torch.tensor(levels.sigmas)
+
+
+def test_one_known_image_is_reached_exactly_by_every_sampler():
+    image = torch.randn(2, *SHAPE)
+    for sampler in SamplerName:
+        for spacing in Spacing:
+            levels = noise_levels(7, spacing, DIFFUSION)
+            x = initial_noise(NOISE, levels)
+            found = sample(lambda x, sigma, timestep: image, x, levels, sampler=sampler, step_noise=FRESH)
+            torch.testing.assert_close(found, image)
+
+
+def gaussian_errors(sampler, counts):
+    """Errors of what a sampler makes of Gaussian data, whose x0 and whole path are known, down to the lowest level."""
+    spread, errors = 0.5, []
+    for steps in counts:
+        levels = noise_levels(steps, Spacing.KARRAS, DIFFUSION)
+        levels = NoiseLevels(levels.timesteps[:-1], levels.sigmas[:-1])
+        x = initial_noise(NOISE, levels)
+        exact = x * math.sqrt((spread**2 + levels.sigmas[-1] ** 2) / (spread**2 + levels.sigmas[0] ** 2))
+        found = sample(lambda x, sigma, timestep: x * spread**2 / (spread**2 + sigma**2), x, levels, sampler=sampler)
+        errors.append(float((found - exact).norm() / exact.norm()))
+    return errors
+
+
+def test_euler_is_of_first_order_and_dpmpp_2m_of_second():
+    euler = gaussian_errors(SamplerName.EULER, (25, 50, 100))
+    dpmpp_2m = gaussian_errors(SamplerName.DPMPP_2M, (25, 50, 100))
+    assert all(1.7 < here / finer < 2.5 for here, finer in pairwise(euler))
+    assert all(3.4 < here / finer < 5 for here, finer in pairwise(dpmpp_2m))
+
+
+def test_fresh_noise_keeps_the_spread_of_gaussian_data():
+    spread, levels = 0.5, noise_levels(200, Spacing.KARRAS, DIFFUSION)
+    noise = gaussian(1, 0, 8, (4, 16, 16))
+    fresh = step_noise([(1, k) for k in range(8)], (4, 16, 16))
+    for sampler, eta in ((SamplerName.EULER_ANCESTRAL, 1.0), (SamplerName.DDIM, 0.5), (SamplerName.DDIM, 1.0)):
+        x = initial_noise(noise, levels)
+        found = sample(
+            lambda x, sigma, timestep: x * spread**2 / (spread**2 + sigma**2),
+            x,
+            levels,
+            sampler=sampler,
+            eta=eta,
+            step_noise=fresh,
+        )
+        assert float(found.std()) == pytest.approx(spread, rel=0.05)
+        assert abs(float((found * noise).mean())) < 0.95 * spread
+
+
+@pytest.mark.parametrize("prediction_type", PredictionType)
+@pytest.mark.parametrize("spacing", Spacing)
+@pytest.mark.parametrize("sampler", SamplerName)
+def test_every_sampler_equals_the_published_one(
+    unet, relative_error, published_noise, sampler, spacing, prediction_type
+):
+    config = DiffusionConfig(prediction_type=prediction_type)
+    diffusion, told = Diffusion(config), condition(3)
+    levels = noise_levels(STEPS, spacing, diffusion)
+    if spacing is not Spacing.KARRAS:
+        scheduler = published(sampler, config, timestep_spacing=spacing.value)
+        if sampler is SamplerName.DPMPP_2M:
+            if spacing is Spacing.LEADING:  # its own are those of one step more
+                scheduler.set_timesteps(STEPS)
+                assert scheduler.timesteps.tolist() == timesteps_leading(STEPS + 1)[:-1]
+            scheduler.set_timesteps(timesteps=levels.timesteps)
+        else:
+            scheduler.set_timesteps(STEPS)
+    elif sampler is SamplerName.EULER:
+        scheduler = published(sampler, config, timestep_spacing="linspace", use_karras_sigmas=True)
+        scheduler.set_timesteps(STEPS)
+    elif sampler is SamplerName.DPMPP_2M:
+        scheduler = published(sampler, config, use_karras_sigmas=True)
+        scheduler.set_timesteps(STEPS)
+        assert max(abs(a - b) for a, b in zip(scheduler.timesteps, levels.timesteps, strict=True)) <= 0.5
+        levels = NoiseLevels(tuple(scheduler.timesteps.tolist()), levels.sigmas)  # it rounds them
+    elif sampler is SamplerName.EULER_ANCESTRAL:
+        scheduler = published(sampler, config)
+        schedule_of(scheduler, levels)
+    else:  # DDIM's steps are not of sigmas but of timesteps, and DDIM without noise is Euler
+        scheduler = published(SamplerName.EULER, config)
+        schedule_of(scheduler, levels)
+    torch.testing.assert_close(scheduler.timesteps.double(), torch.tensor(levels.timesteps).double(), rtol=0, atol=0.01)
+    x = start_of(scheduler, levels)
+    expected = published_sample(scheduler, lambda x, t: unet(x, t.expand(2), told.context, told.vector), x)
+    found = sample(
+        denoiser(unet, diffusion, told), initial_noise(NOISE, levels), levels, sampler=sampler, step_noise=FRESH
+    )
     assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("sampler", SamplerName)
+def test_every_sampler_equals_the_published_one_from_a_level_without_signal(
+    unet, relative_error, published_noise, sampler
+):
+    diffusion, told = Diffusion(ZERO_SNR), condition(3)
+    levels = noise_levels(STEPS, Spacing.TRAILING, diffusion)
+    scheduler = published(sampler, ZERO_SNR, timestep_spacing="trailing")
+    scheduler.set_timesteps(STEPS)
+    expected = published_sample(
+        scheduler, lambda x, t: unet(x, t.expand(2), told.context, told.vector), start_of(scheduler, levels)
+    )
+    found = sample(
+        denoiser(unet, diffusion, told), initial_noise(NOISE, levels), levels, sampler=sampler, step_noise=FRESH
+    )
+    assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize(  # without signal, the published one takes the root of a rounding error at an eta of 1
+    ("config", "eta"), [(DiffusionConfig(), 0.3), (DiffusionConfig(), 1.0), (ZERO_SNR, 0.999)]
+)
+def test_ddim_with_fresh_noise_equals_the_published_one(unet, relative_error, published_noise, config, eta):
+    diffusion, told = Diffusion(config), condition(3)
+    levels = noise_levels(STEPS, Spacing.TRAILING, diffusion)
+    scheduler = published(SamplerName.DDIM, config, timestep_spacing="trailing")
+    scheduler.set_timesteps(STEPS)
+    expected = published_sample(scheduler, lambda x, t: unet(x, t.expand(2), told.context, told.vector), NOISE, eta=eta)
+    x = initial_noise(NOISE, levels)
+    found = sample(denoiser(unet, diffusion, told), x, levels, sampler=SamplerName.DDIM, eta=eta, step_noise=FRESH)
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_ddim_without_fresh_noise_is_euler_and_with_it_euler_ancestral(unet, relative_error):
+    levels, denoise = noise_levels(STEPS, Spacing.TRAILING, DIFFUSION), denoiser(unet, DIFFUSION, condition(3))
+    x = initial_noise(NOISE, levels)
+
+    def made(sampler, **settings):
+        return sample(denoise, x, levels, sampler=sampler, **settings)
+
+    assert relative_error(made(SamplerName.DDIM), made(SamplerName.EULER)) < 1e-5
+    assert relative_error(made(SamplerName.EULER_ANCESTRAL, eta=0.0), made(SamplerName.EULER)) < 1e-5
+    ancestral = made(SamplerName.EULER_ANCESTRAL, step_noise=FRESH)
+    assert relative_error(made(SamplerName.DDIM, eta=1.0, step_noise=FRESH), ancestral) < 1e-5
+    assert relative_error(ancestral, made(SamplerName.EULER)) > 0.1
+
+
+@pytest.mark.parametrize("sampler", [SamplerName.EULER, SamplerName.DPMPP_2M])
+def test_a_run_in_two_parts_equals_the_published_one(unet, relative_error, sampler):
+    """The first part of DPM++ ends above 0 and stays of second order; the second part has no step before."""
+    told = condition(3)
+    levels = noise_levels(STEPS, Spacing.TRAILING, DIFFUSION)
+    scheduler = published(sampler, DIFFUSION.config, timestep_spacing="trailing")
+
+    def predict(x, timestep):
+        return unet(x, timestep.expand(2), told.context, told.vector)
+
+    x = start_of(scheduler, levels)
+    for part in (lambda timestep: timestep >= 200, lambda timestep: timestep < 200):
+        scheduler.set_timesteps(STEPS)
+        wanted = [k for k, timestep in enumerate(scheduler.timesteps) if part(timestep)]
+        scheduler.set_begin_index(wanted[0])
+        with torch.no_grad():
+            for k in wanted:
+                timestep = scheduler.timesteps[k]
+                prediction = predict(scheduler.scale_model_input(x, timestep), timestep)
+                x = scheduler.step(prediction, timestep, x).prev_sample
+    denoise = denoiser(unet, DIFFUSION, told)
+    found = sample_ensemble(denoise, denoise, initial_noise(NOISE, levels), levels, cutoff=200, sampler=sampler)
+    assert relative_error(found, x) < 1e-5
+    unbroken = sample(denoise, initial_noise(NOISE, levels), levels, sampler=sampler)
+    assert torch.equal(found, unbroken) == (sampler is SamplerName.EULER)
 
 
 def test_a_hand_over_between_equals_is_an_unbroken_run(unet):
     denoise = denoiser(unet, DIFFUSION, condition(3))
-    for timesteps in (timesteps_leading(10), timesteps_trailing(10), [900, 500], [150, 50]):
-        x = start(timesteps)
-        unbroken = sample(denoise, x, DIFFUSION, timesteps)
-        assert torch.equal(sample_ensemble(denoise, denoise, x, DIFFUSION, timesteps), unbroken)
+    for sampler in (SamplerName.EULER, SamplerName.EULER_ANCESTRAL, SamplerName.DDIM):
+        for levels in (noise_levels(10, Spacing.KARRAS, DIFFUSION), *map(at, ([900, 500], [150, 50]))):
+            x, settings = initial_noise(NOISE, levels), {"sampler": sampler, "step_noise": FRESH}
+            unbroken = sample(denoise, x, levels, **settings)
+            assert torch.equal(sample_ensemble(denoise, denoise, x, levels, **settings), unbroken)
+
+
+def at(timesteps):
+    return levels_at(timesteps, DIFFUSION)
 
 
 def test_each_expert_steps_through_its_own_timesteps():
@@ -114,8 +308,7 @@ def test_each_expert_steps_through_its_own_timesteps():
         expert("base"),
         expert("refiner"),
         torch.ones(1, 4, 2, 2),
-        DIFFUSION,
-        [999, 200, 199, 0],
+        at([999, 200, 199, 0]),
         on_step=lambda timestep, x: steps.append((timestep, float(x.mean()))),
     )
     assert told == {"base": [999, 200], "refiner": [199, 0]}
@@ -124,7 +317,7 @@ def test_each_expert_steps_through_its_own_timesteps():
 
 
 def test_guidance_goes_from_the_negative_through_the_positive(unet):
-    x, prompt, empty = start([500]), condition(3), condition(4)
+    x, prompt, empty = initial_noise(NOISE, at([500])), condition(3), condition(4)
     no_text = Condition(torch.zeros_like(prompt.context), empty.vector)
 
     def once(*conditions, scale=1.0):
@@ -138,22 +331,113 @@ def test_guidance_goes_from_the_negative_through_the_positive(unet):
         once(prompt, scale=5.0)
 
 
-def test_a_sample_does_not_depend_on_its_neighbours(unet, relative_error):
-    timesteps, told, empty = timesteps_leading(5), condition(3), condition(4)
-    together = sample(denoiser(unet, DIFFUSION, told, empty, Guidance(3.0)), start(timesteps), DIFFUSION, timesteps)
-    first, none = (Condition(c.context[:1], c.vector[:1]) for c in (told, empty))
-    alone = sample(denoiser(unet, DIFFUSION, first, none, Guidance(3.0)), start(timesteps, 1), DIFFUSION, timesteps)
-    assert relative_error(together[:1], alone) < 1e-5
+def test_rescaled_guidance_has_the_deviation_of_the_prompts_prediction():
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
+
+    positive, negative = gaussian(1, 0, 3, SHAPE), 2.0 * gaussian(2, 0, 3, SHAPE)
+    guided = Guidance(7.0)(positive, negative)
+    whole = Guidance(7.0, rescale=1.0)(positive, negative)
+    torch.testing.assert_close(whole.flatten(1).std(1), positive.flatten(1).std(1))
+    torch.testing.assert_close(Guidance(7.0, rescale=0.7)(positive, negative), 0.7 * whole + 0.3 * guided)
+    torch.testing.assert_close(Guidance(7.0, rescale=0.7)(positive, negative), rescale_noise_cfg(guided, positive, 0.7))
+
+
+@pytest.mark.parametrize("sampler", SamplerName)
+def test_a_sample_does_not_depend_on_its_neighbours(unet, relative_error, sampler):
+    levels, told, empty = noise_levels(5, Spacing.KARRAS, DIFFUSION), condition(3), condition(4)
+    x, guidance, settings = initial_noise(NOISE, levels), Guidance(3.0, 0.5), {"sampler": sampler, "eta": 0.8}
+    together = sample(denoiser(unet, DIFFUSION, told, empty, guidance), x, levels, step_noise=FRESH, **settings)
+    second, none = (Condition(c.context[1:], c.vector[1:]) for c in (told, empty))
+    fresh = step_noise([(0, 1)], SHAPE)
+    alone = sample(denoiser(unet, DIFFUSION, second, none, guidance), x[1:], levels, step_noise=fresh, **settings)
+    assert relative_error(together[1:], alone) < 1e-5
+
+
+def test_the_noise_of_a_step_follows_from_seed_number_and_step_alone():
+    pictures = [(seed, number) for seed in (0, 1) for number in (0, 1, 2**59)]
+    fresh = step_noise(pictures, SHAPE)
+    assert torch.equal(fresh(3), fresh(3))
+    for row, picture in enumerate(pictures):
+        assert torch.equal(step_noise([picture], SHAPE)(3)[0], fresh(3)[row])
+    everything = torch.cat([fresh(0), fresh(1), fresh(999), NOISE]).flatten(1)
+    assert len(everything.unique(dim=0)) == 3 * len(pictures) + len(NOISE)
+    assert torch.equal(step_noise_after(fresh, 3)(2), fresh(5))
+    assert step_noise_after(None, 3) is None
+
+
+def test_fresh_noise_that_is_missing_is_an_error_before_the_first_step():
+    levels = at([500, 100])
+
+    def sampled(**settings):
+        return sample(lambda x, sigma, timestep: x, initial_noise(NOISE, levels), levels, **settings)
+
+    for settings in ({"sampler": SamplerName.EULER_ANCESTRAL}, {"sampler": SamplerName.DDIM, "eta": 0.1}):
+        with pytest.raises(ValueError, match="needs step_noise"):
+            sampled(**settings)
+    for settings in ({"sampler": SamplerName.DDIM}, {"sampler": SamplerName.EULER, "eta": 1.0}):
+        assert sampled(**settings).isfinite().all()
+
+
+def test_fresh_noise_and_what_is_kept_make_up_the_next_level():
+    for eta in (0.0, 0.4, 1.0, 3.0):
+        for sigma, next_sigma in ((14.0, 3.0), (0.03, 0.029), (1.0, 0.0), (math.inf, 40.0)):
+            kept, added = ancestral_levels(sigma, next_sigma, eta)
+            assert math.hypot(kept, added) == pytest.approx(next_sigma)
+            assert 0 <= added <= next_sigma
+    assert ancestral_levels(14.0, 3.0, 0.0) == (3.0, 0.0)
 
 
 def test_timesteps_descend_within_the_schedule():
     for steps in (1, 7, 30, 50, 1000):
-        for timesteps in (timesteps_leading(steps), timesteps_trailing(steps)):
-            assert len(timesteps) == steps
-            assert 0 <= timesteps[-1] <= timesteps[0] <= 999
+        for spacing in Spacing:
+            levels = noise_levels(steps, spacing, DIFFUSION)
+            assert len(levels.timesteps) == steps
+            assert 0 <= levels.timesteps[-1] <= levels.timesteps[0] <= 999
+            assert levels.sigmas[-1] == 0
     assert timesteps_trailing(4)[0] == 999
     assert timesteps_leading(4) == [751, 501, 251, 1]
-    with pytest.raises(ValueError, match="0 steps"):
-        timesteps_leading(0)
-    with pytest.raises(ValueError, match="descend"):
-        sample(lambda x, sigma, timestep: x, start([5]), DIFFUSION, [5, 5])
+    assert noise_levels(40, Spacing.TRAILING, DIFFUSION, below=200).timesteps[::20] == (199, 99)
+    for steps, below in ((0, None), (1001, None), (201, 200)):
+        with pytest.raises(ValueError, match=f"{steps} steps over"):
+            noise_levels(steps, Spacing.TRAILING, DIFFUSION, below=below)
+    for timesteps in ([5, 5], [5, 7]):
+        with pytest.raises(ValueError, match="descend"):
+            at(timesteps)
+    with pytest.raises(ValueError, match="one sigma more"):
+        NoiseLevels((5.0,), (1.0,))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_karras_levels_equal_the_published_ones_over_any_range(spacing):
+    scheduler = published(SamplerName.EULER, DIFFUSION.config, timestep_spacing=spacing, use_karras_sigmas=True)
+    scheduler.set_timesteps(STEPS)
+    first, last = {"leading": (951, 1), "trailing": (999, 49), "linspace": (999, 0)}[spacing]
+    found = levels_of(karras_sigmas(STEPS, *DIFFUSION.sigmas[[first, last]].tolist()), DIFFUSION)
+    torch.testing.assert_close(torch.tensor(found.sigmas), scheduler.sigmas, rtol=3e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(found.timesteps), scheduler.timesteps, rtol=0, atol=0.01)
+    if spacing == "linspace":
+        assert noise_levels(STEPS, Spacing.KARRAS, DIFFUSION) == found
+
+
+def test_sigmas_of_the_schedule_stand_for_their_own_timesteps():
+    timesteps = [999, 998, 500, 1, 0]
+    assert levels_of(DIFFUSION.sigmas[timesteps].tolist(), DIFFUSION).timesteps == pytest.approx(timesteps)
+    assert levels_of([100.0, 1e-3], DIFFUSION).timesteps == (999, 0)
+
+
+def test_the_part_that_goes_back_over_an_image_is_the_runs_last():
+    levels = noise_levels(50, Spacing.LEADING, DIFFUSION)
+    for strength, kept in ((0.3, 15), (0.99, 49), (0.02, 1), (1.0, 50)):
+        tail = levels.tail(strength)
+        assert tail.timesteps == levels.timesteps[-kept:]
+        assert tail.sigmas == levels.sigmas[-kept - 1 :]
+    with pytest.raises(ValueError, match=r"strength 0.01 of 50 steps"):
+        levels.tail(0.01)
+
+
+def test_noised_latents_have_the_first_levels_noise():
+    levels, latents = at([500, 100]), gaussian(3, 0, 2, SHAPE)
+    timesteps = torch.tensor([500, 500])
+    x = noised(latents, NOISE, levels)
+    expected = DIFFUSION.add_noise(latents, NOISE, timesteps) * (levels.sigmas[0] ** 2 + 1) ** 0.5
+    torch.testing.assert_close(x, expected)

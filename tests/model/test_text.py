@@ -1,9 +1,12 @@
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from model.config import END_OF_TEXT, START_OF_TEXT, TEXT_PRESETS, TextConfig, TextTowerConfig
 from model.text import TextEncoders, load_text_encoders, random_text_encoders, tokenize
+from model.weights import fingerprint
 
 CONFIG = TextConfig(
     clip_l=TextTowerConfig(width=24, layers=3, heads=2, activation="quick_gelu", pad_token=END_OF_TEXT),
@@ -98,11 +101,48 @@ def test_bigg_loads_from_an_open_clip_file_without_its_image_tower(published, tm
         assert relative_error(encoders(tokens).pooled, full.encode_text(tokens.bigg)) < 1e-5
 
     pickled = str(tmp_path / "open_clip_pytorch_model.bin")
-    torch.save(full.state_dict(), pickled)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in full.state_dict().items()}}, pickled)
     with pytest.raises(ValueError, match="allow_pickle"):
         load_text_encoders(CONFIG, str(folder / "clip_l"), pickled)
     again = load_text_encoders(CONFIG, str(folder / "clip_l"), pickled, allow_pickle=True)
     assert torch.equal(again(tokens).pooled, encoders(tokens).pooled)
+
+
+def test_a_folder_with_pickles_alone_loads_where_it_is_allowed(published, tmp_path):
+    folder, clip_l, _ = published
+    clip_l.config.save_pretrained(tmp_path)
+    torch.save(clip_l.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="allow_pickle"):
+        load_text_encoders(CONFIG, str(tmp_path), str(folder / "bigg"))
+    encoders = load_text_encoders(CONFIG, str(tmp_path), str(folder / "bigg"), allow_pickle=True)
+    tokens = tokenize(CAPTIONS, CONFIG)
+    with torch.no_grad():
+        expected = clip_l(tokens.clip_l, output_hidden_states=True).hidden_states[-2]
+    assert torch.equal(encoders(tokens).context[..., :24], expected)
+
+
+def test_a_name_is_looked_up_on_the_hub_and_its_pickles_are_left_there(published, monkeypatch):
+    folder, *_ = published
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(folder / name.split("/")[1])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    found = load_text_encoders(CONFIG, "openai/clip_l", "laion/bigg")
+    expected = load_text_encoders(CONFIG, str(folder / "clip_l"), str(folder / "bigg"))
+    assert fingerprint(found) == fingerprint(expected)
+    assert sorted(name for name, _ in asked) == ["laion/bigg", "openai/clip_l"]
+    assert not any(pattern.endswith(".bin") for _, patterns in asked for pattern in patterns)
+
+
+def test_weights_come_in_the_type_that_is_asked_for_and_frozen(published):
+    folder, *_ = published
+    encoders = load_text_encoders(CONFIG, str(folder / "clip_l"), str(folder / "bigg"), dtype=torch.bfloat16)
+    assert {weight.dtype for weight in encoders.parameters()} == {torch.bfloat16}
+    assert not any(weight.requires_grad for weight in encoders.parameters())
+    assert encoders(tokenize(CAPTIONS, CONFIG)).context.isfinite().all()
 
 
 def test_clip_l_loads_from_a_folder_that_holds_the_image_tower_too(published, tmp_path):
@@ -122,11 +162,16 @@ def test_clip_l_loads_from_a_folder_that_holds_the_image_tower_too(published, tm
 def test_weights_that_do_not_fit_the_config_are_refused(published):
     folder, *_ = published
     paths = str(folder / "clip_l"), str(folder / "bigg")
-    with pytest.raises(ValueError, match="quick_gelu"):
-        load_text_encoders(TEXT_PRESETS["tiny"], *paths)
-    deeper = TextTowerConfig(width=32, layers=4, heads=4, activation="gelu", pad_token=0, projection_dim=16)
-    with pytest.raises(ValueError, match=r"missing: .*resblocks\.3"):
-        load_text_encoders(TextConfig(clip_l=CONFIG.clip_l, bigg=deeper), *paths)
+    for tower, wrong in (("clip_l", "hidden_act"), ("clip_l", "num_attention_heads"), ("bigg", "num_hidden_layers")):
+        values = {"hidden_act": {"activation": "gelu"}, "num_attention_heads": {"heads": 3}}.get(wrong, {"layers": 4})
+        other = dataclasses.replace(CONFIG, **{tower: dataclasses.replace(getattr(CONFIG, tower), **values)})
+        with pytest.raises(ValueError, match=rf"config.json of text_encoder.*{wrong}"):
+            load_text_encoders(other, *paths)
+    wider = dataclasses.replace(CONFIG, bigg=dataclasses.replace(CONFIG.bigg, projection_dim=8))
+    with pytest.raises(ValueError, match=r"shapes: \['text_projection"):
+        load_text_encoders(wider, *paths)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_text_encoders(CONFIG, str(folder / "nowhere"), paths[1])
     with pytest.raises(ValueError, match="no weights"):
         load_text_encoders(CONFIG, paths[0], "ViT-bigG-14:no-such-tag")
 

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import hashlib
 from collections import Counter
 
@@ -136,3 +137,32 @@ def test_inputs_that_do_not_fit_are_refused():
 def test_channels_that_do_not_divide_into_heads_are_refused():
     with pytest.raises(ValueError, match="128 channels do not divide into heads of 48"):
         dataclasses.replace(UNET_PRESETS["tiny-base"], head_channels=48)
+
+
+@pytest.mark.full_width
+@pytest.mark.parametrize("preset", ["base", "refiner"])
+def test_a_unet_of_published_size_equals_diffusers(preset, relative_error):
+    """Both networks hold the same storages, so this takes the weights' 10 GiB once."""
+    from diffusers import UNet2DConditionModel
+
+    config = UNET_PRESETS[preset]
+    with torch.device("meta"):
+        unet = UNet(config)
+        theirs = UNet2DConditionModel.from_config(diffusers_config(config))
+    unet.to_empty(device="cpu").requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for weight in unet.parameters():
+        bound = max(weight[0].numel(), 8) ** -0.5
+        weight.uniform_(-bound, bound, generator=generator).add_(0.5 * (weight.ndim == 1))
+    theirs.load_state_dict(to_diffusers(unet.state_dict(), config), assign=True)
+    latents, timesteps, context, pooled, conditions = inputs(config, batch=1, height=16, width=24)
+    time_ids = torch.cat([conditions[name] for name in config.conditioning], dim=1)
+    with torch.no_grad():
+        found = unet(latents, timesteps, context, conditioning_vector(pooled, conditions, config))
+        expected = theirs(
+            latents, timesteps, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}
+        ).sample
+    assert found.std() > 0.01
+    assert relative_error(found, expected) < 1e-5
+    del unet, theirs, weight
+    gc.collect()

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from model.config import DISCRIMINATOR_PRESETS, VAE_PRESETS
+from model.finite import NotFiniteError
 from model.layouts import diffusers_config, to_diffusers
 from model.vae import VAE, Posterior, scale, unscale
 from model.vae_loss import (
@@ -10,6 +11,7 @@ from model.vae_loss import (
     adversarial_loss,
     divergence_loss,
     hinge_loss,
+    perceptual_loss,
     reconstruction_loss,
 )
 
@@ -74,6 +76,54 @@ def test_forward_decodes_a_sample_and_checkpointing_changes_no_gradient():
 def test_an_image_of_odd_sides_is_refused():
     with pytest.raises(ValueError, match="multiples of 4"):
         VAE(VAE_PRESETS["tiny"]).encode(image(height=30))
+
+
+def test_bfloat16_stays_near_fp32(randomized, relative_error):
+    vae = randomized(VAE(VAE_PRESETS["tiny"]))
+    noise = torch.randn(2, 4, 8, 12)
+    with torch.no_grad():
+        exact, posterior = vae(image(), noise)
+        rounded, rough = vae.bfloat16()(image(), noise)
+    assert (rounded.dtype, rough.mean.dtype) == (torch.bfloat16, torch.float32)
+    assert relative_error(rough.mean, posterior.mean) < 0.05
+    assert relative_error(rough.std, posterior.std) < 0.05
+    assert relative_error(rounded.float(), exact) < 0.1
+
+
+def test_float16_that_fits_stays_near_fp32(randomized, relative_error):
+    vae = randomized(VAE(VAE_PRESETS["tiny"]))
+    noise = torch.randn(2, 4, 8, 12)
+    with torch.no_grad():
+        assert relative_error(VAE.forward(vae.half(), image(), noise)[0], vae.float()(image(), noise)[0]) < 0.02
+
+
+def test_float16_that_overflows_names_its_samples_and_the_remedy():
+    vae = VAE(VAE_PRESETS["tiny"]).half()
+    bright = image(batch=4) * torch.tensor([1.0, 3e4, 1.0, 6e4]).view(4, 1, 1, 1)
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.fill_(1.0)
+        with pytest.raises(NotFiniteError, match=r"encoder overflowed .* samples 1, 3 .* bfloat16 or float32") as error:
+            vae.encode(bright)
+        assert error.value.samples == (1, 3)
+        vae.post_quant_conv.weight.fill_(100.0)
+        latents = torch.ones(2, 4, 8, 8)
+        with pytest.raises(FloatingPointError, match="decoder overflowed in float16 for samples 0 of"):
+            vae.decode(latents * torch.tensor([6e4, 1.0]).view(2, 1, 1, 1))
+
+
+def test_a_deviation_that_is_clamped_does_not_hide_an_overflow():
+    vae = VAE(VAE_PRESETS["tiny"]).half()
+    with torch.no_grad():
+        vae.quant_conv.bias[4:] = float("inf")  # the log of the variance
+        with pytest.raises(NotFiniteError):
+            vae.encode(image())
+
+
+def test_the_perceptual_term_is_latent_diffusions():
+    pixels, other, distance = image(), image().flip(0), torch.tensor([0.3, 0.7])
+    summed = ((pixels - other).abs() + distance.view(2, 1, 1, 1)).sum((1, 2, 3))  # each element carries the distance
+    ours = reconstruction_loss(pixels, other) + perceptual_loss(distance, pixels)
+    torch.testing.assert_close(ours * pixels.shape[2] * pixels.shape[3], summed)
 
 
 def test_reconstruction_and_divergence_keep_latent_diffusions_ratio():

@@ -1,21 +1,32 @@
-import dataclasses
+"""Weights on disk: exact, whole or absent, one tensor at a time, and never a pickle by accident."""
+
+import ctypes
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from model.config import DISCRIMINATOR_PRESETS, TEXT_PRESETS, UNET_PRESETS, VAE_PRESETS
-from model.layouts import (
-    diffusers_config,
-    from_diffusers,
-    load_diffusers,
-    save_diffusers,
-    save_single_file,
-    to_diffusers,
+from model.config import (
+    DISCRIMINATOR_PRESETS,
+    TEXT_PRESETS,
+    UNET_PRESETS,
+    VAE_PRESETS,
+    TextConfig,
+    TextTowerConfig,
+    VAEConfig,
 )
+from model.layouts import diffusers_config, to_diffusers
+from model.publish import write_json
+from model.tensors import read_file, read_folder, stored, weight_files, write_file
+from model.text import TextEncoders, load_text_encoders, text_states
+from model.text_weights import bigg_to_transformers, clip_l_to_transformers, transformers_config
 from model.unet import UNet
 from model.vae import VAE
-from model.weights import Kind, fingerprint, load_unet, load_vae, read_config, read_extra, save_weights, shapes
+from model.weights import Kind, fingerprint, load_unet, load_vae, read_config, read_extra, save_weights
 
 UNET_CONFIG, VAE_CONFIG = UNET_PRESETS["tiny-refiner"], VAE_PRESETS["tiny"]
 
@@ -81,11 +92,11 @@ def test_a_published_file_loads_each_network_and_ignores_averages(unet, vae, tmp
         read_config(path)
 
 
-def test_our_single_file_is_the_published_layout(unet, vae, tmp_path):
-    path = tmp_path / "sdxl.safetensors"
-    save_single_file(path, {Kind.UNET: unet.state_dict(), Kind.VAE: vae.state_dict()})
-    assert fingerprint(load_unet(path, UNET_CONFIG)) == fingerprint(unet)
-    assert fingerprint(load_vae(path, VAE_CONFIG)) == fingerprint(vae)
+def test_a_file_without_the_network_lacks_all_of_its_keys_and_has_no_surplus(unet, tmp_path):
+    path = tmp_path / "unet.safetensors"
+    save_file({f"model.diffusion_model.{key}": value for key, value in unet.state_dict().items()}, path)
+    with pytest.raises(ValueError, match=r"missing: \['decoder\.conv_in\.bias', [^\n]*\nunexpected: \[\]"):
+        load_vae(path, VAE_CONFIG)
 
 
 def test_keys_that_do_not_fit_are_listed(unet, vae, tmp_path):
@@ -110,11 +121,177 @@ def test_a_file_is_written_whole_or_not_at_all(unet, tmp_path):
     path = tmp_path / "file.safetensors"
     save_weights(path, unet.state_dict(), Kind.UNET, UNET_CONFIG)
     before = path.read_bytes()
-    shared = torch.zeros(4)
-    with pytest.raises(RuntimeError, match="share memory"):
-        save_weights(path, {"a": shared, "b": shared}, Kind.UNET, UNET_CONFIG)
+
+    def fails():
+        raise RuntimeError("in the middle")
+
+    state = stored(unet.state_dict())
+    last = max(state)
+    state[last] = type(state[last])(state[last].shape, state[last].dtype, fails)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        write_file(path, state)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 3, 1, 1)])
+def test_what_is_written_is_what_the_library_reads_and_the_other_way_round(tmp_path, shape):
+    generator = torch.Generator().manual_seed(0)
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+    tensors = {f"{kind}": (torch.rand(shape, generator=generator) * 9).to(kind) for kind in kinds}
+    write_file(tmp_path / "ours.safetensors", stored(tensors), {"a": "b"})
+    assert equal(load_file(tmp_path / "ours.safetensors"), tensors)
+    with safe_open(tmp_path / "ours.safetensors", framework="pt") as file:
+        assert file.metadata() == {"a": "b"}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    read = read_file(tmp_path / "theirs.safetensors")
+    assert equal({key: value.read() for key, value in read.items()}, tensors)
+
+
+def test_a_file_that_is_not_whole_is_refused(vae, tmp_path):
+    path = tmp_path / "vae.safetensors"
+    save_weights(path, vae.state_dict(), Kind.VAE, VAE_CONFIG)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{path} is no whole safetensors file"):
+        load_vae(path)
+
+
+class Malicious:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "pt", "pth", "bin"])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_pickle_is_read_where_it_is_allowed_and_its_code_never_runs(unet, tmp_path, suffix, mapped):
+    path, touched = tmp_path / f"sdxl.{suffix}", tmp_path / "touched"
+    tensors = {f"model.diffusion_model.{key}": value for key, value in unet.state_dict().items()}
+
+    def save(content):
+        torch.save(content, path, _use_new_zipfile_serialization=mapped)
+
+    save({"state_dict": tensors, "global_step": 7})
+    with pytest.raises(ValueError, match="allow_pickle"):
+        load_unet(path, UNET_CONFIG)
+    loaded = load_unet(path, UNET_CONFIG, allow_pickle=True)
+    assert equal(loaded.state_dict(), unet.state_dict())
+    save({"state_dict": tensors, "extra": Malicious(touched)})
+    with pytest.raises(ValueError, match="refused: it holds more than tensors, such as code"):
+        load_unet(path, UNET_CONFIG, allow_pickle=True)
+    assert not touched.exists()
+    torch.load(path, weights_only=False)
+    assert touched.exists()  # so it was a pickle with code
+
+
+def test_a_pickle_in_safetensors_clothes_is_refused(tmp_path):
+    path, touched = tmp_path / "sdxl.safetensors", tmp_path / "touched"
+    torch.save(Malicious(touched), path)
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        load_unet(path, UNET_CONFIG, allow_pickle=True)
+    assert not touched.exists()
+
+
+WHOLE, HALF = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
+INDEX, PICKLE = "model.safetensors.index.json", "pytorch_model.bin"
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        ((HALF, WHOLE, PICKLE), [WHOLE]),
+        ((HALF, PICKLE), [HALF]),
+        ((INDEX, "a", "b", "c", PICKLE), ["a", "b"]),
+        (("model.safetensors.index.fp16.json", "a", "b"), ["a", "b"]),
+    ],
+)
+def test_a_folders_weights_are_whole_before_half_and_never_a_pickle_beside_them(names, chosen):
+    index = {"weight_map": {"x": "b", "y": "a", "z": "b"}}
+    assert weight_files("folder", names, lambda name: index, allow_pickle=True) == chosen
+
+
+def test_a_folder_without_weights_says_what_it_lacks(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no weights in safetensors"):
+        read_folder(tmp_path)
+    (tmp_path / PICKLE).touch()
+    with pytest.raises(ValueError, match="allow_pickle"):
+        read_folder(tmp_path)
+    (tmp_path / INDEX).write_text('{"weight_map": {"x": "model-1.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match=r"names \['model-1.safetensors'\], which are not there"):
+        read_folder(tmp_path)
+
+
+MIB, SLACK = 2**20, 8 * 2**20
+LARGE_VAE = VAEConfig(channels=96)  # 90 MiB in half precision
+TOWER = TextTowerConfig(width=192, layers=6, heads=3, activation="gelu", pad_token=0)
+LARGE_TEXT = TextConfig(clip_l=TOWER, bigg=replace(TOWER, projection_dim=192))
+
+
+def zeros(state):
+    return stored({key: torch.zeros(value.shape, dtype=torch.float16) for key, value in state.items()})
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Networks of some size in every layout, some beside 64 MiB that belong to another."""
+    folder, junk = tmp_path_factory.mktemp("large"), {"x": torch.zeros(32 * MIB, dtype=torch.float16)}
+    with torch.device("meta"):
+        vae, encoders = VAE(LARGE_VAE), TextEncoders(LARGE_TEXT)
+    state = zeros(vae.state_dict())
+    save_weights(folder / "own.safetensors", {k: v.read() for k, v in state.items()}, Kind.VAE, LARGE_VAE)
+    single = {f"first_stage_model.{key}": value for key, value in state.items()}
+    write_file(folder / "single.safetensors", single | {"model.diffusion_model.x": stored(junk)["x"]})
+    (folder / "vae").mkdir()
+    write_json(folder / "vae" / "config.json", diffusers_config(LARGE_VAE))
+    theirs, index = to_diffusers(state, LARGE_VAE), {}
+    for number in range(3):
+        name = f"diffusion_pytorch_model-{number + 1:05}-of-00003.safetensors"
+        part = {key: theirs[key] for key in sorted(theirs)[number::3]}
+        index |= dict.fromkeys(part, name)
+        write_file(folder / "vae" / name, part)
+    write_json(folder / "vae" / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": index})
+    states = {tower: zeros(weights) for tower, weights in text_states(encoders).items()}
+    converted = {"clip_l": clip_l_to_transformers(states["clip_l"]), "bigg": bigg_to_transformers(states["bigg"])}
+    for tower, weights in converted.items():
+        (folder / tower).mkdir()
+        write_json(folder / tower / "config.json", transformers_config(getattr(LARGE_TEXT, tower)))
+        write_file(folder / tower / "model.safetensors", weights)
+    write_file(folder / "open_clip.safetensors", states["bigg"] | {"visual.x": stored(junk)["x"]})
+    return folder
+
+
+def memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize(
+    ("load", "scale"),
+    [
+        (lambda at: load_vae(at / "own.safetensors"), 1),
+        (lambda at: load_vae(at / "own.safetensors", dtype=torch.float32), 2),
+        (lambda at: load_vae(at / "single.safetensors", LARGE_VAE), 1),
+        (lambda at: load_vae(at / "vae", LARGE_VAE), 1),
+        (lambda at: load_text_encoders(LARGE_TEXT, str(at / "clip_l"), str(at / "bigg")), 2),
+        (lambda at: load_text_encoders(LARGE_TEXT, str(at / "clip_l"), str(at / "open_clip.safetensors")), 2),
+    ],
+    ids=["own", "own-float32", "single", "sharded", "text", "open_clip"],
+)
+def test_loading_holds_one_model_and_one_tensor(large, load, scale):
+    load(large)  # imports
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 65_536)  # M_MMAP_THRESHOLD: the C library keeps no tensor that is freed, and reuses none
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
+    sizes = [weight.nbytes for weight in load(large).parameters()]
+    peak = memory("VmHWM") - before
+    assert peak > 0.9 * sum(sizes)  # the measure sees what is loaded
+    source = max(sizes) // scale  # the tensor as it lies in the file
+    assert peak < sum(sizes) + source + SLACK
 
 
 def test_a_fingerprint_tells_key_dtype_shape_and_every_bit():
@@ -131,40 +308,3 @@ def test_a_fingerprint_tells_key_dtype_shape_and_every_bit():
     assert len({same, *map(fingerprint, others)}) == 5
     strided = {"a": torch.zeros(3, 2).T, "b": state["b"]}
     assert fingerprint(strided) == same
-
-
-@pytest.mark.parametrize("config", [*UNET_PRESETS.values(), *VAE_PRESETS.values()])
-def test_the_diffusers_layout_has_diffusers_keys_and_shapes(config):
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    is_vae = config in VAE_PRESETS.values()
-    with torch.device("meta"):
-        own = (VAE if is_vae else UNet)(config)
-        theirs = (AutoencoderKL if is_vae else UNet2DConditionModel).from_config(diffusers_config(config))
-    assert shapes(to_diffusers(own.state_dict(), config)) == shapes(theirs.state_dict())
-
-
-def test_the_diffusers_layout_is_exact_both_ways(unet, vae):
-    for module in (unet, vae):
-        there = to_diffusers(module.state_dict(), module.config)
-        assert equal(from_diffusers(there, module.config), module.state_dict())
-
-
-def test_diffusers_reads_our_folder_and_we_read_its(unet, vae, tmp_path):
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    for module, theirs in ((unet, UNet2DConditionModel), (vae, AutoencoderKL)):
-        save_diffusers(tmp_path / "ours", module.state_dict(), module.config)
-        read = theirs.from_pretrained(tmp_path / "ours")
-        assert equal(read.state_dict(), to_diffusers(module.state_dict(), module.config))
-        read.save_pretrained(tmp_path / "theirs")
-        again = load_diffusers(tmp_path / "theirs", module.config)
-        assert fingerprint(again) == fingerprint(module)
-        assert all(weight.requires_grad for weight in again.parameters())
-    with pytest.raises(ValueError, match="scaling_factor"):
-        load_diffusers(tmp_path / "theirs", dataclasses.replace(VAE_CONFIG, scaling_factor=0.13025))
-
-
-def test_a_depth_that_diffusers_cannot_say_is_refused():
-    with pytest.raises(ValueError, match="middle block"):
-        diffusers_config(dataclasses.replace(UNET_PRESETS["tiny-base"], middle_depth=2))

@@ -141,3 +141,28 @@ def test_values_that_are_not_finite_fail_their_row(source):
         next(broken.vae.parameters()).fill_(float("nan"))
     reasons = broken(crop_images(unit, source, CROP, 10_000)).column(FAILURE).to_pylist()
     assert reasons == ["not finite in float32"] * 2
+
+
+def test_an_image_that_overflows_in_float16_is_named_with_the_remedy_and_the_others_are_encoded(source, tmp_path):
+    unit = kept(source, ["a", "b", "c"])
+    half = Encoder(VAE, TEXT, EncodeConfig(dtype="float16", batch=2), StorageOptions())
+    rows = crop_images(unit, source, CROP, 10_000)
+    whole = half(rows)
+    assert whole.column(FAILURE).to_pylist() == [None] * 3
+
+    def too_bright(layer, inputs, result):
+        """One image blown up beyond 65,504."""
+        bright = torch.tensor([torch.equal(one, marked) for one in inputs[0]])
+        return torch.where(bright.view(-1, 1, 1, 1), result * 1e6, result)
+
+    pixels = torch.frombuffer(bytearray(rows.column(PIXELS)[1].as_py()), dtype=torch.uint8).view(*BUCKET, 3)
+    marked = (pixels.permute(2, 0, 1).float() / 127.5 - 1).half()
+    half.vae.encoder.conv_in.register_forward_hook(too_bright)
+    latents = half(rows)
+    reason = "not finite in float16; set encode.dtype to bfloat16 or float32"
+    assert latents.column(FAILURE).to_pylist() == [None, reason, None]
+    for row in (0, 2):
+        assert np.array_equal(tensor_array(latents, "latent_mean")[row], tensor_array(whole, "latent_mean")[row])
+        assert np.array_equal(tensor_array(latents, "latent_std")[row], tensor_array(whole, "latent_std")[row])
+    (report,) = write_units(latents, Storage(str(tmp_path / "dataset")), "data/x", "lz4").to_pylist()
+    assert [(failure["path"], failure[FAILURE]) for failure in report["failures"]] == [("1.png", reason)]

@@ -1,0 +1,106 @@
+"""Where the steps of a sampling run lie: the noise levels, noisiest first, and the timestep that each stands for.
+
+n steps
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from model.config import Spacing
+from model.diffusion import Diffusion
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """The levels that a run steps through, noisiest first. Raises ValueError where they do not descend."""
+
+    timesteps: tuple[float, ...]
+    """What the network is told at each of n steps; between two timesteps of the schedule where a sigma lies there."""
+    sigmas: tuple[float, ...]
+    """Where each step starts, and where the last one ends: n + 1. The end is 0, or a level for others to go on from."""
+
+    def __post_init__(self) -> None:
+        if len(self.sigmas) != len(self.timesteps) + 1:
+            raise ValueError(f"{len(self.timesteps)} timesteps need one sigma more, and have {len(self.sigmas)}")
+        if self.sigmas[-1] < 0 or any(here <= below for here, below in pairwise(self.sigmas)):
+            raise ValueError(f"noise levels do not descend to 0: timesteps {self.timesteps}, sigmas {self.sigmas}")
+
+    def split(self, cutoff: float) -> tuple[NoiseLevels, NoiseLevels]:
+        """The steps at timesteps >= cutoff, which end where the others start, and those others."""
+        high = sum(timestep >= cutoff for timestep in self.timesteps)
+        return (
+            NoiseLevels(self.timesteps[:high], self.sigmas[: high + 1]),
+            NoiseLevels(self.timesteps[high:], self.sigmas[high:]),
+        )
+
+    def tail(self, strength: float) -> NoiseLevels:
+        """The last steps, a share of `strength` in (0, 1], rounded down as in the published image-to-image pipeline.
+
+        Raises ValueError where no step is left.
+        """
+        steps = len(self.timesteps)
+        kept = min(int(steps * strength), steps)
+        if kept < 1:
+            raise ValueError(f"strength {strength} of {steps} steps leaves none")
+        return NoiseLevels(self.timesteps[steps - kept :], self.sigmas[steps - kept :])
+
+
+def noise_levels(
+    steps: int, spacing: Spacing, diffusion: Diffusion, *, rho: float = 7.0, below: int | None = None
+) -> NoiseLevels:
+    """`steps` levels down to 0, spaced over the whole schedule, or over its timesteps below `below`.
+
+    Raises ValueError where there are more steps than timesteps.
+    """
+    end = diffusion.config.num_timesteps if below is None else below
+    if not 1 <= steps <= end:
+        raise ValueError(f"{steps} steps over {end} timesteps")
+    if spacing is Spacing.KARRAS:
+        first, last = float(diffusion.sigmas[end - 1]), float(diffusion.sigmas[0])
+        return levels_of(karras_sigmas(steps, first, last, rho), diffusion)
+    timesteps = {Spacing.LEADING: timesteps_leading, Spacing.TRAILING: timesteps_trailing}[spacing]
+    return levels_at(timesteps(steps, end), diffusion)
+
+
+def levels_at(timesteps: Sequence[int], diffusion: Diffusion) -> NoiseLevels:
+    """The levels of descending timesteps of the schedule, down to 0."""
+    return NoiseLevels(tuple(timesteps), (*(float(diffusion.sigmas[t]) for t in timesteps), 0.0))
+
+
+def levels_of(sigmas: Sequence[float], diffusion: Diffusion) -> NoiseLevels:
+    """The levels of descending sigmas, down to 0; their timesteps lie between two of the schedule, in log sigma."""
+    schedule = diffusion.sigmas.double().cpu().log()  # [num_timesteps], ascending
+    at = torch.tensor(sigmas, dtype=torch.float64).log()  # [n]
+    low = (torch.searchsorted(schedule, at, right=True) - 1).clamp(0, len(schedule) - 2)  # [n]
+    share = (at - schedule[low]) / (schedule[low + 1] - schedule[low])  # [n]
+    return NoiseLevels(tuple((low + share.clamp(0.0, 1.0)).tolist()), (*sigmas, 0.0))
+
+
+def timesteps_leading(steps: int, num_timesteps: int = 1000, offset: int = 1) -> list[int]:
+    """`steps` descending timesteps, evenly spaced from `offset` on, or from below it where they need all timesteps.
+
+    They skip the noisiest. The published pipeline's Euler and DDIM have the same; its DPM++ spaces them as if there
+    were one step more.
+    """
+    ratio = num_timesteps // steps
+    first = min(offset, num_timesteps - 1 - (steps - 1) * ratio)
+    return [k * ratio + first for k in reversed(range(steps))]
+
+
+def timesteps_trailing(steps: int, num_timesteps: int = 1000) -> list[int]:
+    """`steps` descending timesteps, evenly spaced and starting at the noisiest (arXiv 2305.08891, 3.3)."""
+    return [round(num_timesteps - k * num_timesteps / steps) - 1 for k in range(steps)]
+
+
+def karras_sigmas(steps: int, first: float, last: float, rho: float = 7.0) -> list[float]:
+    """`steps` sigmas from `first` down to `last`, evenly spaced in their rho-th root (arXiv 2206.00364, eq. 5)."""
+    if steps == 1:
+        return [first]
+    top, bottom = first ** (1.0 / rho), last ** (1.0 / rho)
+    between = [(top + k / (steps - 1) * (bottom - top)) ** rho for k in range(1, steps - 1)]
+    return [first, *between, last]  # the ends to the bit: the first one tells whether there is a signal

@@ -1,0 +1,290 @@
+"""Tensors on disk, one at a time: what a file holds is known before it is read, and files are written as a stream.
+
+Whoever fills a network has one tensor in flight, and so has whoever writes one. Files are safetensors. A pickle is
+read only where the caller allows it, and then as tensors: code in it is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import uuid
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+Name = str | os.PathLike[str]
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # the names that safetensors gives to what public files hold
+SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")  # how names of weight files end
+VARIANTS = ("", ".fp16")  # of a folder's weights, by preference
+IGNORED = ("model_ema.", "position_ids")  # some published files hold averages and constants that no network reads
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is read when it is asked for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    def reshape(self, *shape: int) -> Stored:
+        """The same values in another shape."""
+        return replace(self, shape=shape, read=lambda: self.read().reshape(shape))
+
+    @property
+    def T(self) -> Stored:
+        """The transposed matrix, which has memory of its own."""
+
+        def read() -> Tensor:
+            return self.read().T.contiguous()
+
+        return replace(self, shape=self.shape[::-1], read=read)
+
+    def chunk(self, count: int) -> tuple[Stored, ...]:
+        """Equal parts along the first dimension, each with memory of its own."""
+        shape = (self.shape[0] // count, *self.shape[1:])
+
+        def part(index: int) -> Stored:
+            def read() -> Tensor:
+                return self.read().chunk(count)[index].clone()
+
+            return replace(self, shape=shape, read=read)
+
+        return tuple(part(index) for index in range(count))
+
+    def to(self, dtype: torch.dtype) -> Stored:
+        """The values in another type."""
+        return replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
+
+
+State = Mapping[str, Stored]
+
+
+def stored(state: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """Tensors that are there already."""
+    return {key: Stored(tuple(value.shape), value.dtype, value.detach) for key, value in state.items()}
+
+
+def joined(parts: Sequence[Stored]) -> Stored:
+    """Tensors one after the other, along the first dimension."""
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return Stored(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
+
+
+def read_file(path: Name, allow_pickle: bool = False) -> dict[str, Stored]:
+    """What a file of weights holds. Raises ValueError for a pickle, unless `allow_pickle`, and for a damaged file."""
+    if os.fspath(path).endswith(SAFETENSORS):
+        return _read_safetensors(path)
+    if not allow_pickle:
+        raise ValueError(
+            f"{path} is no {SAFETENSORS} file. Set allow_pickle = true beside its name to take the tensors of a "
+            "pickle; code in it is not run"
+        )
+    return _read_pickle(path)
+
+
+def read_folder(folder: Name, allow_pickle: bool = False) -> dict[str, Stored]:
+    """What a model folder of diffusers or transformers holds, in one file or in shards."""
+    names = weight_files(
+        folder, os.listdir(folder), lambda name: json.loads(Path(folder, name).read_text()), allow_pickle
+    )
+    state: dict[str, Stored] = {}
+    for name in names:
+        part = read_file(Path(folder, name), allow_pickle)
+        if twice := sorted(state.keys() & part.keys()):
+            raise ValueError(f"{folder}: several of {names} hold {twice}")
+        state |= part
+    return state
+
+
+def weight_files(
+    folder: Name, names: Collection[str], read_json: Callable[[str], Any], allow_pickle: bool = False
+) -> list[str]:
+    """Which of a model folder's files hold its weights: whole before fp16, and pickles only if there is nothing else.
+
+    Raises FileNotFoundError where none does, and ValueError where only a pickle does, which `allow_pickle` permits.
+    """
+    forms = [(stem, "safetensors") for stem in ("diffusion_pytorch_model", "model")]
+    pickled = [(stem, "bin") for stem in ("diffusion_pytorch_model", "pytorch_model")]
+    for kinds in (forms, pickled):
+        for variant in VARIANTS:
+            for stem, suffix in kinds:
+                whole, index = f"{stem}{variant}.{suffix}", f"{stem}.{suffix}.index{variant}.json"
+                found = [whole] if whole in names else []
+                if not found and index in names:
+                    found = sorted(set(read_json(index)["weight_map"].values()))
+                    if missing := [name for name in found if name not in names]:
+                        raise FileNotFoundError(f"{folder}: {index} names {missing}, which are not there")
+                if found and kinds is pickled and not allow_pickle:
+                    raise ValueError(
+                        f"{folder} holds pickles only, {found}. Set allow_pickle = true beside its name to take their "
+                        "tensors; code in them is not run"
+                    )
+                if found:
+                    return found
+    raise FileNotFoundError(f"{folder} holds no weights in safetensors; it holds {sorted(names)}")
+
+
+def read_metadata(path: Name) -> dict[str, str]:
+    """The metadata of a safetensors file; of another file, none."""
+    if not os.fspath(path).endswith(SAFETENSORS):
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+
+
+def write_file(
+    path: Name,
+    state: State,
+    metadata: Mapping[str, str] | None = None,
+    wrote: Callable[[str], None] = lambda key: None,
+) -> None:
+    """Write a safetensors file tensor by tensor, under another name until it is whole; `wrote` is told every key."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    order = sorted(state, key=lambda key: (-state[key].dtype.itemsize, key))  # so that every tensor is aligned
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key in order:
+        begin, end = end, end + math.prod(state[key].shape) * state[key].dtype.itemsize
+        header[key] = {
+            "dtype": names[state[key].dtype],
+            "shape": list(state[key].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with open(partial, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for key in order:
+                tensor = state[key].read()
+                assert (tuple(tensor.shape), tensor.dtype) == (state[key].shape, state[key].dtype), key
+                file.write(raw(tensor.cpu().contiguous()))
+                wrote(key)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def fill(
+    module: nn.Module, state: State, what: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> None:
+    """Give a module that was built on the meta device its parameters, one at a time.
+
+    They come in `dtype`, or their own where None. The peak is one model and one tensor. Raises ValueError that lists
+    every key of `what` that does not fit.
+    """
+    check_keys(what, shapes(state), shapes(dict(module.named_parameters())))
+    for key in [name for name, _ in module.named_parameters()]:
+        owner, _, attribute = key.rpartition(".")
+        value = nn.Parameter(state[key].read().to(device, dtype))
+        setattr(module.get_submodule(owner), attribute, value)
+
+
+def below(state: State, prefix: str) -> dict[str, Stored]:
+    """What lies behind a prefix, without it and without what no network reads."""
+    return {
+        key.removeprefix(prefix): value
+        for key, value in state.items()
+        if key.startswith(prefix) and not any(word in key for word in IGNORED)
+    }
+
+
+def check_keys(what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError that lists every key that is missing, unexpected or of another shape."""
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    differ = [
+        f"{key}: {found[key]} for {expected[key]}"
+        for key in sorted(found.keys() & expected.keys())
+        if found[key] != expected[key]
+    ]
+    if missing or unexpected or differ:
+        raise ValueError(f"{what} does not fit.\nmissing: {missing}\nunexpected: {unexpected}\nshapes: {differ}")
+
+
+def shapes(state: Mapping[str, Tensor] | State) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, for `check_keys`."""
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, in place."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _read_safetensors(path: Name) -> dict[str, Stored]:
+    """Read with plain reads: pages of a mapped file would count as memory of the process beside the copy of them."""
+    read_metadata(path)  # the library checks that the header is sound and the file whole
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+
+    def entry(key: str, dtype: str, shape: Sequence[int], data_offsets: Sequence[int]) -> Stored:
+        if dtype not in DTYPES:
+            raise ValueError(f"{path}: {key} is of type {dtype}, and weights are {', '.join(DTYPES)}")
+
+        def read() -> Tensor:
+            tensor = torch.empty(tuple(shape), dtype=DTYPES[dtype])
+            with open(path, "rb", buffering=0) as data:
+                data.seek(8 + length + data_offsets[0])
+                view, done = raw(tensor), 0
+                while done < len(view):
+                    count = data.readinto(view[done:])
+                    if not count:
+                        raise ValueError(f"{path} ends within {key}")
+                    done += count
+            return tensor
+
+        return Stored(tuple(shape), DTYPES[dtype], read)
+
+    return {key: entry(key, **values) for key, values in header.items()}
+
+
+def _read_pickle(path: Name) -> dict[str, Stored]:
+    mapped = zipfile.is_zipfile(path)  # PyTorch's older form cannot be mapped
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is refused: it holds more than tensors, such as code, or is damaged. Convert it to safetensors "
+            f"where you trust it. {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    return dict(_copies(content))
+
+
+def _copies(content: Mapping[str, Any]) -> Iterator[tuple[str, Stored]]:
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            yield key, Stored(tuple(value.shape), value.dtype, value.detach().clone)

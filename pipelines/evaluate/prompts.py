@@ -1,0 +1,164 @@
+"""What to make pictures of: prompts from the settings, a text file, a Parquet table, or an index's captions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+import pyarrow as pa
+
+from pipelines.config import PromptsConfig, Size
+from pipelines.schema import Column, digest, kept_rows, require_manifest
+from pipelines.storage import Storage, StorageOptions
+
+SLUG_CHARACTERS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One picture to make. The picture depends on these fields but `path`, and not on its place among others."""
+
+    text: str
+    """The prompt."""
+    negative: str | None
+    """What guidance leads away from; None is no text at all."""
+    seed: int
+    """Picks the noise, together with the prompt."""
+    size: Size
+    """(height, width) of the picture in pixels."""
+    original_size: Size
+    """(height, width) that the networks are told as the original's, pixels."""
+    crop_top_left: tuple[int, int]
+    """(top, left) that the networks are told as the crop's, pixels."""
+    path: str | None = None
+    """The image whose caption it is, below the source, where it comes from an index."""
+
+    @property
+    def noise_index(self) -> int:
+        """The row of the noise: one prompt's pictures begin alike only where they have the same seed."""
+        return int(digest(self.text)[:15], 16)
+
+    def picture_name(self, made_by: object) -> str:
+        """The picture's file: another name for anything that would make another picture."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.text.lower()).strip("-")[:SLUG_CHARACTERS].rstrip("-") or "picture"
+        return f"pictures/{slug}-{digest([asdict(replace(self, path=None)), made_by])[:16]}.png"
+
+
+def read_prompts(config: PromptsConfig, options: StorageOptions) -> list[Prompt]:
+    """The prompts of a config, in order; each as often as config.per_prompt, with seeds that count up.
+
+    Raises ValueError where there is none, and for a table without the columns that the config names.
+    """
+    found = [
+        replace(prompt, seed=prompt.seed + offset)
+        for prompt in _prompts(config, options)
+        for offset in range(config.per_prompt)
+    ]
+    if not found:
+        raise ValueError("prompts: there is none")
+    return found
+
+
+def _prompts(config: PromptsConfig, options: StorageOptions) -> Iterator[Prompt]:
+    shared = Prompt(
+        text="",
+        negative=config.negative,
+        seed=config.seed,
+        size=config.size,
+        original_size=config.original_size or config.size,
+        crop_top_left=config.crop_top_left,
+    )
+    if config.index is not None:
+        index = Storage(config.index, options)
+        rows = kept_rows(index, require_manifest(index, "index")).sort_by(Column.PATH)
+        for row in rows.slice(0, config.count).to_pylist():
+            yield replace(
+                shared,
+                text=row[Column.CAPTION],
+                size=tuple(row[Column.BUCKET]),
+                original_size=config.original_size or tuple(row[Column.ORIGINAL_SIZE]),
+                path=row[Column.PATH],
+            )
+    elif config.table is not None:
+        yield from _table_prompts(config, shared, options)
+    else:
+        texts = config.texts if config.file is None else _lines(config.file, options)
+        yield from (replace(shared, text=text) for text in texts[: config.count])
+
+
+def _table_prompts(config: PromptsConfig, shared: Prompt, options: StorageOptions) -> Iterator[Prompt]:
+    """One prompt per row, files in the order of their names."""
+    assert config.table is not None
+    columns = config.columns
+    named = {field: column for field, column in asdict(columns).items() if column is not None}
+    left = config.count
+    for where, storage, name in _tables(config.table, options):
+        there = storage.table_columns(name)
+        if missing := sorted(set(named.values()) - set(there)):
+            raise ValueError(f"prompts.columns: {where} has no column {missing}; it has {there}")
+        table = storage.read_table(name, sorted(set(named.values())))
+        for number, row in enumerate(table.slice(0, left).to_pylist()):
+            values = {field: row[column] for field, column in named.items()}
+            empty = [named[field] for field, value in values.items() if value is None and field != "negative"]
+            if empty:
+                raise ValueError(f"prompts.table: {where}: row {number} has nothing in {empty}")
+            height = int(values.get("height", shared.size[0]))
+            width = int(values.get("width", shared.size[1]))
+            yield replace(
+                shared,
+                text=str(values["prompt"]),
+                negative=values.get("negative", shared.negative),
+                seed=int(values.get("seed", shared.seed)),
+                size=(height, width),
+                original_size=config.original_size or (height, width),
+            )
+        if left is not None:
+            left = max(0, left - table.num_rows)
+
+
+def _tables(path: str, options: StorageOptions) -> Iterator[tuple[str, Storage, str]]:
+    """(for messages, storage, name) of a Parquet file, or of all of a folder."""
+    if path.endswith(".parquet"):
+        folder, _, name = path.rpartition("/")
+        yield path, Storage(folder or ".", options), name
+        return
+    folder_storage = Storage(path, options)
+    names = sorted(file.name for file in folder_storage.list() if file.name.endswith(".parquet"))
+    if not names:
+        raise FileNotFoundError(f"prompts.table: {path} is no Parquet file and holds none")
+    yield from ((f"{path}/{name}", folder_storage, name) for name in names)
+
+
+def _lines(path: str, options: StorageOptions) -> list[str]:
+    """The lines of a UTF-8 text file that are not empty."""
+    folder, _, name = path.rpartition("/")
+    lines = Storage(folder or ".", options).read(name).decode("utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def batches(prompts: list[Prompt], names: list[str], size: int) -> list[pa.Table]:
+    """Tables of at most `size` prompts with the names of their pictures, all of one picture size."""
+    groups: dict[Size, list[dict[str, object]]] = {}
+    for prompt, name in zip(prompts, names, strict=True):
+        groups.setdefault(prompt.size, []).append(asdict(prompt) | {"name": name})
+    return [
+        pa.Table.from_pylist(group[start : start + size], schema=SCHEMA)
+        for group in groups.values()
+        for start in range(0, len(group), size)
+    ]
+
+
+PAIR = pa.list_(pa.int64())
+SCHEMA = pa.schema(
+    {
+        "text": pa.string(),
+        "negative": pa.string(),
+        "seed": pa.int64(),
+        "size": PAIR,
+        "original_size": PAIR,
+        "crop_top_left": PAIR,
+        "path": pa.string(),
+        "name": pa.string(),
+    }
+)

@@ -1,0 +1,106 @@
+"""The networks beside diffusers and transformers on two cores, the same weights on both sides.
+
+Sides take turns in one process; each line gives the median of the rounds, and their least and greatest. Memory is the
+peak of what torch's allocator holds beyond weights and gradients, read off the profiler in a round of its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from gpu_networks import built, diffusers_unet, diffusers_vae, inputs_of, same_answer, text_sides, turns, twin
+from torch.profiler import ProfilerActivity, profile
+
+from model.config import UNET_PRESETS, VAE_PRESETS
+from model.speed import compile_blocks
+from model.unet import UNet
+from model.vae import VAE
+
+ROUNDS = 5
+LATENT_SIZE, IMAGE_SIZE = (64, 64), 256
+NARROW_BASE = replace(UNET_PRESETS["base"], model_channels=128, transformer_depth=(0, 2, 4), middle_depth=4)
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def peak_mib(run: Callable[[], object]) -> float:
+    """Greatest sum of what was allocated and not yet freed since the call began, in MiB."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    assert profiled.profiler is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = greatest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        greatest = max(greatest, held)
+    return greatest / 2**20
+
+
+def show(title: str, sides: Mapping[str, Callable[[], object]]) -> None:
+    """Time and memory of each side, and the ratios to the last one."""
+    print(f"\n{title}")
+    seconds = turns(sides, ROUNDS, "cpu")
+    peaks = {name: peak_mib(run) for name, run in sides.items()}
+    peer = list(sides)[-1]
+    for name, values in seconds.items():
+        ratios = [theirs / ours for ours, theirs in zip(values, seconds[peer], strict=True)]
+        print(
+            f"  {name:<16} {statistics.median(values):7.3f} s ({min(values):.3f} to {max(values):.3f})"
+            f"  faster {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+            f"  peak {peaks[name]:7.1f} MiB, ratio {peaks[name] / peaks[peer]:.2f}"
+        )
+
+
+@pytest.mark.timeout(1800)  # a compiler on two cores, and three sides in turns
+def test_unet() -> None:
+    eager = built(UNet, NARROW_BASE, "cpu", torch.float32)
+    compiled = twin(eager, NARROW_BASE)
+    compile_blocks(compiled)
+    theirs, call = diffusers_unet(eager, NARROW_BASE)
+    given = inputs_of(NARROW_BASE, 1, LATENT_SIZE, "cpu", torch.float32)
+    sides = {"ours": (eager, eager), "ours compiled": (compiled, compiled), "diffusers": (theirs, call)}
+
+    def backward(run: Callable[..., torch.Tensor]) -> Callable[[], object]:
+        return lambda: run(*given).square().mean().backward()  # into gradients that are there already
+
+    with torch.no_grad():
+        for _, run in sides.values():
+            same_answer(run(*given), call(*given), torch.float32)
+        forward = {name: lambda run=run: run(*given) for name, (_, run) in sides.items()}
+        show("U-Net forward", forward)
+    training = {name: backward(run) for name, (_, run) in sides.items()}
+    show("U-Net forward and backward", training)
+    for ours in (eager, compiled):
+        ours.activation_checkpointing = True
+    theirs.enable_gradient_checkpointing()
+    show("U-Net forward and backward, checkpointed", training)
+
+
+def test_vae() -> None:
+    config = VAE_PRESETS["sdxl"]
+    ours = built(VAE, config, "cpu", torch.float32).eval()
+    theirs = diffusers_vae(ours, config)
+    image = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1
+    latents = torch.randn(1, 4, IMAGE_SIZE // 8, IMAGE_SIZE // 8)
+    with torch.no_grad():
+        encode = {"ours": lambda: ours.encode(image).mean, "diffusers": lambda: theirs.encode(image).latent_dist.mean}
+        decode = {"ours": lambda: ours.decode(latents), "diffusers": lambda: theirs.decode(latents).sample}
+        for title, sides in (("VAE encode", encode), ("VAE decode", decode)):
+            same_answer(*(run() for run in sides.values()), torch.float32)
+            show(title, sides)
+
+
+def test_text_encoders() -> None:
+    sides = text_sides("tiny", "cpu", torch.float32)
+    same_answer(*(run() for run in sides.values()), torch.float32)
+    show("text encoders, tiny", sides)

@@ -1,0 +1,159 @@
+"""What makes the networks fast changes no number: memory formats, what is kept for the backward pass, compilation."""
+
+import copy
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from model.config import UNET_PRESETS, VAE_PRESETS
+from model.layers import BasicTransformerBlock, Gated, ResBlock, gated
+from model.speed import compile_blocks
+from model.unet import UNet
+from model.vae import VAE
+
+ROOT = Path(__file__).parents[2]
+CHANNELS, EMBED, CONTEXT = 32, 24, 20
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def blocks(randomized):
+    torch.manual_seed(0)
+    return randomized(ResBlock(CHANNELS, 64, EMBED, 8)), randomized(BasicTransformerBlock(CHANNELS, CONTEXT, 2))
+
+
+def block_inputs(block, batch, height, width, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(batch * height * width)
+    x = torch.randn(batch, CHANNELS, height, width, generator=generator)
+    if isinstance(block, ResBlock):
+        given = x.to(memory_format=torch.channels_last), torch.randn(batch, EMBED, generator=generator)
+    else:
+        given = x.flatten(2).transpose(1, 2), torch.randn(batch, 77, CONTEXT, generator=generator)
+    return [value.to(dtype) for value in given]
+
+
+def gradients(block, given):
+    given = [value.detach().requires_grad_() for value in given]
+    found = torch.autograd.grad(block(*given).float().square().mean(), [*given, *block.parameters()])
+    return [value.double() for value in found]
+
+
+def unet_inputs(config, batch=2, height=8, width=8):
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(batch, 4, height, width, generator=generator),
+        torch.randint(0, 1000, (batch,), generator=generator),
+        torch.randn(batch, 77, config.context_dim, generator=generator),
+        torch.randn(batch, config.vector_dim, generator=generator),
+    )
+
+
+def test_the_gate_that_keeps_its_input_alone_has_the_plain_gates_gradient():
+    halves = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(Gated.apply(halves), gated(halves))
+    assert torch.autograd.gradcheck(Gated.apply, (halves,))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        Gated.apply(halves)
+    assert kept == [halves.data_ptr()]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_group_norm_in_bf16_is_as_near_to_fp32_as_rounding_its_result(layout, mean, relative_error):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, 64, 64, generator=generator).mul(3).add(mean).to(torch.bfloat16, memory_format=layout)
+    exact = F.group_norm(x.float(), 8)
+    rounding = relative_error(exact.bfloat16(), exact)
+    assert relative_error(F.group_norm(x, 8), exact) < 1.5 * rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maps_stay_channels_last_through_every_layer(dtype, randomized):
+    config = UNET_PRESETS["tiny-base"]
+    unet = randomized(UNet(config)).to(dtype)
+    other = []
+
+    def check(module, _, result):
+        if result.ndim == 4 and not result.is_contiguous(memory_format=torch.channels_last):
+            other.append(type(module).__name__)
+
+    for module in unet.modules():
+        if not isinstance(module, nn.ModuleList | UNet):
+            module.register_forward_hook(check)
+    unet(*unet_inputs(config)).float().square().mean().backward()
+    assert other == []
+
+
+def test_compilation_changes_no_key_and_a_network_without_blocks_is_refused():
+    for network, count in ((UNet(UNET_PRESETS["tiny-base"]), 18), (VAE(VAE_PRESETS["tiny"]), 13)):
+        before = {key: value.data_ptr() for key, value in network.state_dict().items()}
+        assert compile_blocks(network) == count
+        assert {key: value.data_ptr() for key, value in network.state_dict().items()} == before
+    with pytest.raises(ValueError, match="Linear has no block"):
+        compile_blocks(nn.Linear(1, 1))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_buckets_after_the_second_compile_nothing(randomized, checkpointed):
+    config = UNET_PRESETS["tiny-refiner"]
+    unet = randomized(UNet(config))
+    compiled = copy.deepcopy(unet)
+    counter = CompileCounterWithBackend("eager")
+    assert compile_blocks(compiled, counter) == 18
+    unet.activation_checkpointing = compiled.activation_checkpointing = checkpointed
+    counts = []
+    for height, width in ((8, 8), (8, 12), (16, 8), (6, 20), (12, 12)):
+        given = unet_inputs(config, height=height, width=width)
+        unet.zero_grad()
+        compiled.zero_grad()
+        for network in (unet, compiled):
+            network(*given).square().mean().backward()
+        for ours, plain in zip(compiled.parameters(), unet.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-3, atol=1e-6)
+        counts.append(counter.frame_count)
+    assert 18 <= counts[0] <= counts[1] == counts[-1] <= 2 * 18
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_gradients_equal_eager_ones_in_fp32_and_are_near_them_in_bf16(randomized, relative_error):
+    """Inductor, channels-last, every gradient: convolutions and norms once had silently wrong ones in bf16."""
+    for block in blocks(randomized):
+        exact = gradients(block, block_inputs(block, 2, 8, 6))
+        plain = copy.deepcopy(block).bfloat16()
+        eager = gradients(plain, block_inputs(block, 2, 8, 6, torch.bfloat16))
+        compile_blocks(nn.ModuleList([plain]))
+        bf16 = gradients(plain, block_inputs(block, 2, 8, 6, torch.bfloat16))
+        single = copy.deepcopy(block)
+        compile_blocks(nn.ModuleList([single]))
+        fp32 = gradients(single, block_inputs(block, 2, 8, 6))
+        for values in itertools.zip_longest(exact, fp32, bf16, eager):
+            expected, *found = values
+            errors = [relative_error(value, expected) for value in found]
+            assert errors[0] < 1e-4, errors
+            assert errors[1] < 2e-2, errors
+            assert errors[2] < 2e-2, errors
+
+
+def test_the_gpu_script_fills_every_row_at_tiny_size():
+    script = ROOT / "tests/benchmarks/gpu_networks.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--preset", "tiny-base", "--rounds", "1"]
+    done = subprocess.run([*command, "--backend", "eager"], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for row in ("G1 train", "G2 train", "G3 VAE encode", "VAE decode", "G7", "G8", "G9", "U-Net forward,", "backward"):
+        assert f"| {row}" in done.stdout or row in done.stdout
+    assert "| 0 graphs after the second |" in done.stdout.replace("  ", " ")
+    assert "left out" not in done.stdout

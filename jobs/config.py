@@ -248,9 +248,9 @@ class GenerateJob(Job):
                         f"the reduction of VAE and {name}"
                     )
         prompts = config.prompts
-        named = [bool(prompts.texts), *(source is not None for source in (prompts.file, prompts.table, prompts.index))]
+        named = [bool(prompts.texts), *(source is not None for source in (prompts.file, prompts.parquet, prompts.index))]
         if sum(named) != 1:
-            raise ValueError("generate.prompts: give exactly one of texts, file, table and index")
+            raise ValueError("generate.prompts: give exactly one of texts, file, parquet and index")
         diffusion = config.diffusion or DiffusionConfig()
         _sampling("generate.sampling", config.sampling, diffusion)
         if config.sampling.refiner == "ensemble" and config.sampling.handover == diffusion.num_timesteps:
@@ -269,7 +269,7 @@ class ExportJob(Job):
     layout: Literal["single_file", "diffusers"]
     """One file that holds every network, or a diffusers pipeline's folder."""
     unet: WeightsConfig
-    """The base or the refiner; a training run's folder offers its averaged weights."""
+    """The base or the refiner; a training run's folder, or one of its checkpoints, offers its averaged weights."""
     vae: WeightsConfig
     """The VAE."""
     text: TextWeightsConfig

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import LPIPSConfig
-from model.layers import checkpointed, plainly
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """What the published package takes off images in [-1, 1], and divides them by, before the first convolution."""
@@ -65,16 +66,21 @@ class LPIPS(nn.Module):
             raise ValueError(f"images {tuple(image.shape)} and {tuple(other.shape)}: expected [B,3,H,W] twice")
         if min(image.shape[2:]) < self.config.least_side:
             raise ValueError(f"images {tuple(image.shape)}: sides must have {self.config.least_side} pixels or more")
-        run = checkpointed if self.activation_checkpointing and torch.is_grad_enabled() else plainly
+        checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
+        run = partial(checkpoint, self._level, use_reentrant=False) if checkpointing else self._level
         one, two = self._scaled(image), self._scaled(other)  # [B,3,H,W]
         total = torch.zeros(len(image), device=image.device)  # [B]
-        begin = 0
-        for level, end in enumerate(self._ends):
-            one, two = (run(self.features[begin:end], hidden) for hidden in (one, two))  # [B,C,h,w]
-            difference = (_unit(one) - _unit(two)).square()  # [B,C,h,w]
-            total = total + self.get_submodule(f"lin{level}")(difference).flatten(1).mean(1)  # [B]
-            begin = end
+        for level in range(len(self._ends)):
+            one, two, distance = run(level, one, two)  # [B,C,h,w] twice, [B]
+            total = total + distance
         return total
+
+    def _level(self, level: int, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The level's features of both images, and the distance that it adds."""
+        layers = self.features[self._ends[level - 1] if level else 0 : self._ends[level]]
+        one, two = layers(one), layers(two)  # [B,C,h,w]
+        difference = (_unit(one) - _unit(two)).square()  # [B,C,h,w]
+        return one, two, self.get_submodule(f"lin{level}")(difference).flatten(1).mean(1)
 
     def _scaled(self, image: Tensor) -> Tensor:
         return (image.float() - self.shift) / self.scale

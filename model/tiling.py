@@ -3,8 +3,13 @@
 A tile by itself differs from the same part of the whole in three ways. Its normalisations see the tile alone, which
 shifts tones: so they are given mean and variance of the whole, taken from a copy of it that is as small as a tile. Its
 convolutions see zeros beyond its edges: so next to an edge that another tile covers, a quarter of the overlap has no
-weight. Its attention sees the tile alone: that remains, and the overlap spreads it. docs/benchmarks.md has figures.
-Where one tile covers all, nothing differs.
+weight. Its attention sees the tile alone: that remains, and the overlap spreads it. Where one tile covers all, nothing
+differs.
+
+Measured with a tiny VAE, trained for minutes on drawn discs and slopes, on 256 x 256 pixels in tiles of 96: tiles side
+by side are at 30 dB from the whole, with steps of 8.7 8-bit levels across their edges; blended over a quarter, at 33 dB
+and 0.2 levels; with the whole's statistics as well, at 46 dB and 0.04. Latents go from 10% to 1% from the whole's.
+No published VAE has been measured.
 
 B batch, H W image height and width, h w latent height and width, Z latent channels, C channels, G groups
 """

@@ -245,8 +245,8 @@ class SamplingConfig:
     """Guidance of the refiner, away from the encoded empty prompt as the published one expects it. Training drops text
     to zeros, so 1, which turns it off, is right for a refiner that was trained here."""
     refiner: Literal["ensemble", "sdedit"] = "ensemble"
-    """"ensemble" hands noisy latents over, once, to the refiner (SDXL 2.5 calls it the expert of low noise levels);
-    "sdedit" lets the base finish, and the refiner noise and denoise its latents again."""
+    """"ensemble" hands noisy latents over to the refiner, once and for the rest (experts as in arXiv 2211.01324);
+    "sdedit" lets the base finish, and the refiner noise and denoise its latents again (SDXL 2.5)."""
     handover: Amount = 200
     """In an ensemble, the refiner takes the timesteps below this one; 0 leaves the base alone."""
     strength: Annotated[float, Gt(0), Le(1)] = 0.3
@@ -334,16 +334,16 @@ class PromptColumns:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptsConfig:
-    """What to make pictures of: exactly one of texts, file, table and index."""
+    """What to make pictures of: exactly one of texts, file, parquet and index."""
 
     texts: tuple[str, ...] = ()
     """Prompts."""
     file: str | None = None
     """A text file with a prompt per line."""
-    table: str | None = None
+    parquet: str | None = None
     """A Parquet file, or a folder of them, with a prompt per row."""
     columns: PromptColumns = field(default_factory=PromptColumns)
-    """The table's columns."""
+    """Its columns."""
     index: str | None = None
     """An index: the captions of kept images, each at its image's bucket and original size."""
     count: Count | None = None
@@ -354,7 +354,7 @@ class PromptsConfig:
     """What guidance leads away from; None is no text, which is zeros for the base and the empty prompt for the
     refiner."""
     size: Size = (1024, 1024)
-    """(height, width) of pictures, pixels, where neither a table nor an index says it."""
+    """(height, width) of pictures, pixels, where neither a Parquet file nor an index says it."""
     original_size: Size | None = None
     """(height, width) that the networks are told as the original's, pixels; None is the index's, or the picture's."""
     crop_top_left: tuple[Amount, Amount] = (0, 0)

@@ -28,6 +28,7 @@ from model.tensors import SAFETENSORS, State, Stored
 from model.text import random_text_encoders, read_text, text_states
 from model.weights import PIPELINE, read_unet, read_vae
 from pipelines.config import TextWeightsConfig, WeightsConfig
+from pipelines.networks import unet_weights
 from pipelines.sources import local_text, local_weights
 from pipelines.storage import TEMPORARY, Storage, StorageOptions
 
@@ -65,11 +66,10 @@ def opened(export: Export, options: StorageOptions) -> Iterator[Model]:
     Raises ValueError for every key that does not fit, before anything is written.
     """
     unet, vae, text = export.unet, export.vae, export.text
-    assert unet.path is not None
     assert vae.path is not None
     preset = TEXT_PRESETS[text.preset]
     with ExitStack() as files:
-        unet_path = files.enter_context(local_weights(unet.path, "unet", options, unet.allow_pickle))
+        unet_path = files.enter_context(unet_weights(unet, options))
         vae_path = files.enter_context(local_weights(vae.path, "vae", options, vae.allow_pickle))
         unet_config, unet_state = read_unet(unet_path, UNET_PRESETS[unet.preset], unet.allow_pickle)
         vae_config, vae_state = read_vae(vae_path, VAE_PRESETS[vae.preset], vae.allow_pickle)

@@ -56,7 +56,7 @@ def unet(
     preset = UNET_PRESETS[config.preset]
     if config.path is None:
         return _seeded(lambda: UNet(preset), config.seed).to(device, dtype)
-    with _unet_weights(config, options) as path:
+    with unet_weights(config, options) as path:
         return load_unet(path, preset, dtype, device, allow_pickle=config.allow_pickle)
 
 
@@ -134,7 +134,7 @@ def fingerprint(vae_weights: WeightsConfig, text: TextWeightsConfig, options: St
 def unet_fingerprint(config: WeightsConfig, options: StorageOptions) -> str:
     """The content of a U-Net as `unet` gives it, whatever its layout, read without building the network."""
     assert config.path is not None
-    with _unet_weights(config, options) as path:
+    with unet_weights(config, options) as path:
         _, state = read_unet(path, UNET_PRESETS[config.preset], config.allow_pickle)
         return weights_fingerprint({key: value.to(torch.float32) for key, value in state.items()})
 
@@ -155,7 +155,7 @@ def text_config(config: TextWeightsConfig) -> TextConfig:
 
 
 @contextmanager
-def _unet_weights(config: WeightsConfig, options: StorageOptions) -> Iterator[str]:
+def unet_weights(config: WeightsConfig, options: StorageOptions) -> Iterator[str]:
     """The U-Net's file or folder on this machine; of a training checkpoint, a file of its averaged weights."""
     assert config.path is not None
     folder = Storage(config.path, options)

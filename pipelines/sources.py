@@ -67,8 +67,8 @@ def find(path: str, part: str, options: StorageOptions, allow_pickle: bool = Fal
         return Source(folder, (CONFIG, *files, *indices))
     checkpoint = newest_checkpoint(storage)
     raise FileNotFoundError(
-        f"no weights at {path}: expected a {SAFETENSORS} file, a finished run's output folder, or a diffusers folder "
-        f"with {part}"
+        f"no weights at {path}: expected a {SAFETENSORS} file, a finished run's output folder, a U-Net's checkpoint, "
+        f"or a diffusers folder with {part}"
         + (f"; of this run, which is not finished, name a checkpoint: {where}/{checkpoint}" if checkpoint else "")
     )
 

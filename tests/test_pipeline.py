@@ -186,7 +186,7 @@ def test_a_rerun_makes_only_the_pictures_that_are_missing(finished: Finished, tm
     rows = [{"caption": f"a red fox {k}", "without": None if k % 2 else "blue", "seed": k} for k in range(5)]
     settings = [
         f'output="{tmp_path}/pictures"',
-        f'generate.prompts={{table = "{tmp_path}/prompts.parquet", size = [32, 64], per_prompt = 2, '
+        f'generate.prompts={{parquet = "{tmp_path}/prompts.parquet", size = [32, 64], per_prompt = 2, '
         'columns = {prompt = "caption", negative = "without", seed = "seed"}}',
         'generate.sampling.sampler="euler_ancestral"',
         'generate.sampling.refiner="sdedit"',

@@ -80,7 +80,7 @@ def _prompts(config: PromptsConfig, options: StorageOptions) -> Iterator[Prompt]
                 original_size=config.original_size or tuple(row[Column.ORIGINAL_SIZE]),
                 path=row[Column.PATH],
             )
-    elif config.table is not None:
+    elif config.parquet is not None:
         yield from _table_prompts(config, shared, options)
     else:
         texts = config.texts if config.file is None else _lines(config.file, options)
@@ -89,11 +89,11 @@ def _prompts(config: PromptsConfig, options: StorageOptions) -> Iterator[Prompt]
 
 def _table_prompts(config: PromptsConfig, shared: Prompt, options: StorageOptions) -> Iterator[Prompt]:
     """One prompt per row, files in the order of their names."""
-    assert config.table is not None
+    assert config.parquet is not None
     columns = config.columns
     named = {field: column for field, column in asdict(columns).items() if column is not None}
     left = config.count
-    for where, storage, name in _tables(config.table, options):
+    for where, storage, name in _tables(config.parquet, options):
         there = storage.table_columns(name)
         if missing := sorted(set(named.values()) - set(there)):
             raise ValueError(f"prompts.columns: {where} has no column {missing}; it has {there}")
@@ -102,7 +102,7 @@ def _table_prompts(config: PromptsConfig, shared: Prompt, options: StorageOption
             values = {field: row[column] for field, column in named.items()}
             empty = [named[field] for field, value in values.items() if value is None and field != "negative"]
             if empty:
-                raise ValueError(f"prompts.table: {where}: row {number} has nothing in {empty}")
+                raise ValueError(f"prompts.parquet: {where}: row {number} has nothing in {empty}")
             height = int(values.get("height", shared.size[0]))
             width = int(values.get("width", shared.size[1]))
             yield replace(
@@ -126,7 +126,7 @@ def _tables(path: str, options: StorageOptions) -> Iterator[tuple[str, Storage, 
     folder_storage = Storage(path, options)
     names = sorted(file.name for file in folder_storage.list() if file.name.endswith(".parquet"))
     if not names:
-        raise FileNotFoundError(f"prompts.table: {path} is no Parquet file and holds none")
+        raise FileNotFoundError(f"prompts.parquet: {path} is no Parquet file and holds none")
     yield from ((f"{path}/{name}", folder_storage, name) for name in names)
 
 

@@ -1,5 +1,6 @@
 """The export job as a person meets it: what is written is whole, exact and read by diffusers, or there is nothing."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from model.config import DiffusionConfig, PredictionType
 from model.text import read_text
 from model.weights import fingerprint, load_unet, load_vae, save_weights
 from pipelines import networks
+from pipelines.checkpoints import ema_file
 from pipelines.config import TextWeightsConfig, WeightsConfig
 from pipelines.storage import Storage, StorageOptions
 
@@ -158,6 +160,21 @@ def test_an_export_that_fails_on_its_way_leaves_nothing(folder, monkeypatch, set
     monkeypatch.setattr(tensors, "raw", fails)
     assert ended(*settings) == FAILURE
     assert os.listdir(folder / "out") == []
+
+
+def test_a_checkpoint_of_a_run_that_goes_on_is_exported_with_its_average(folder, runs):
+    network = networks.unet(WeightsConfig(preset="tiny-base", path=f"{runs}/base"), OPTIONS)
+    run = folder / "going"
+    checkpoint = run / "checkpoints" / "checkpoint_1"
+    (checkpoint / "unet").mkdir(parents=True)
+    (checkpoint / "progress.json").write_text('{"images_seen": 8}')
+    (run / "run.json").write_text(json.dumps({"settings": {"task": {"diffusion": asdict(V)}}}))
+    average = torch.cat([weight.detach().flatten() for weight in network.parameters()])
+    torch.save({"shadow": [average]}, checkpoint / "unet" / ema_file(0))
+    assert ended("unet.path=going/checkpoints/checkpoint_1") == 0
+    written = WeightsConfig(preset="tiny-base", path=f"{folder}/out/model")
+    assert networks.unet_fingerprint(written, OPTIONS) == fingerprint(network)
+    assert networks.trained_diffusion(written, OPTIONS) == V
 
 
 def test_the_text_encoders_that_are_named_are_the_ones_that_are_written(folder):

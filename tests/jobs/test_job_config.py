@@ -416,7 +416,7 @@ def test_text_of_another_width_is_refused(make, kind):
 def test_prompts_come_from_exactly_one_place(make, count):
     places = ['texts=["a"]', "file=/prompts.txt", "index=/index"][:count]
     settings = [f"generate.prompts.{place}" for place in places] or ["generate.prompts.texts=[]"]
-    assert "exactly one of texts, file and index" in wrong(make, GenerateJob, *settings)
+    assert "exactly one of texts, file, parquet and index" in wrong(make, GenerateJob, *settings)
 
 
 @pytest.mark.parametrize("size", ["[36, 48]", "[32, 44]"])

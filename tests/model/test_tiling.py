@@ -181,11 +181,11 @@ def test_no_seam_is_left_in_a_decoded_image(trained):
     begins = [begin * 2 for begin in starts(80, 32, 16)]
     edges = [*begins[1:], *(begin + tile for begin in begins[:-1])]
     assert step_across(side_by_side - whole, [64, 128]) > 2.0  # what there is to remove
-    assert step_across(tiled - whole, edges) < 1.0
+    assert step_across(tiled - whole, edges) < 0.25  # far below what an 8-bit image can show
     energy = [
         float(torch.stack([x[..., line] - x[..., line - 1] for line in edges]).square().mean()) for x in (tiled, whole)
     ]
-    assert energy[0] / energy[1] == pytest.approx(1, abs=0.1)
+    assert energy[0] / energy[1] == pytest.approx(1, abs=0.25)
     assert (tiled - whole).square().mean() < 0.1 * (side_by_side - whole).square().mean()
 
 
@@ -196,5 +196,5 @@ def test_tiled_latents_are_near_those_of_the_whole(trained, relative_error):
         alone = torch.cat(
             [torch.cat([trained.encode(x).mean for x in row.split(64, 3)], dim=3) for row in pixels.split(64, 2)], dim=2
         )
-    assert relative_error(tiled.mean, whole.mean) < 0.2 * relative_error(alone, whole.mean)
+    assert relative_error(tiled.mean, whole.mean) < 0.4 * relative_error(alone, whole.mean)
     assert relative_error(tiled.std, whole.std) < 0.2

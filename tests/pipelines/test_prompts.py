@@ -51,33 +51,33 @@ COLUMNS = PromptColumns(prompt="caption", negative="not", seed="s", height="h", 
 
 
 def test_a_table_says_what_its_columns_are_named_for(table):
-    found = prompts(table=str(table), columns=COLUMNS)
+    found = prompts(parquet=str(table), columns=COLUMNS)
     assert [(p.text, p.negative, p.seed, p.size, p.original_size) for p in found] == [
         ("one", "ugly", 3, (64, 128), (64, 128)),
         ("two", None, 4, (128, 64), (128, 64)),
         ("three", "dark", 5, (64, 64), (64, 64)),
     ]
     texts = PromptColumns(prompt="caption")
-    shared = prompts(table=str(table), columns=texts, negative="blur", seed=9, size=(32, 32))
+    shared = prompts(parquet=str(table), columns=texts, negative="blur", seed=9, size=(32, 32))
     assert {(p.negative, p.seed, p.size) for p in shared} == {("blur", 9, (32, 32))}
-    assert prompts(table=f"{table}/part-1.parquet", columns=texts)[0].text == "three"
+    assert prompts(parquet=f"{table}/part-1.parquet", columns=texts)[0].text == "three"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
 def test_count_takes_the_first_over_all_files(table, count):
-    found = prompts(table=str(table), columns=COLUMNS, count=count)
+    found = prompts(parquet=str(table), columns=COLUMNS, count=count)
     assert [p.text for p in found] == ["one", "two", "three"][:count]
 
 
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(table):
     with pytest.raises(ValueError, match=r"no column \['prompt'\]; it has \['caption', 'not', 's', 'h', 'w', 'more'\]"):
-        prompts(table=str(table))
+        prompts(parquet=str(table))
 
 
 def test_a_row_without_a_prompt_is_named(tmp_path):
     pq.write_table(pa.table({"prompt": ["a", None]}), tmp_path / "p.parquet")
     with pytest.raises(ValueError, match=r"p\.parquet: row 1 has nothing in \['prompt'\]"):
-        prompts(table=f"{tmp_path}/p.parquet")
+        prompts(parquet=f"{tmp_path}/p.parquet")
 
 
 def test_nothing_to_make_is_an_error(tmp_path):
@@ -85,7 +85,7 @@ def test_nothing_to_make_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="there is none"):
         prompts(file=f"{tmp_path}/empty.txt")
     with pytest.raises(FileNotFoundError, match="holds none"):
-        prompts(table=str(tmp_path))
+        prompts(parquet=str(tmp_path))
 
 
 def test_a_name_is_the_pictures_content_and_not_its_place():
@@ -107,7 +107,7 @@ def test_a_name_is_the_pictures_content_and_not_its_place():
 
 
 def test_batches_hold_one_size_and_every_prompt_once(table):
-    found = prompts(table=str(table), columns=PromptColumns(prompt="caption", height="h"), size=(64, 64), per_prompt=5)
+    found = prompts(parquet=str(table), columns=PromptColumns(prompt="caption", height="h"), size=(64, 64), per_prompt=5)
     tables = batches(found, [f"{k}.png" for k in range(len(found))], 4)
     assert all(len({tuple(size) for size in t["size"].to_pylist()}) == 1 and t.num_rows <= 4 for t in tables)
     assert sorted(name for t in tables for name in t["name"].to_pylist()) == sorted(f"{k}.png" for k in range(15))

@@ -23,7 +23,7 @@ J = TypeVar("J", bound=Job)
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 USAGE_ERROR, FAILURE = 2, 1  # exit codes: nothing was started; something failed on its way
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
-PATHS = ("output", "index", "latents", "path", "file", "parquet", "trunk", "heads")  # settings that name a file or folder
+PATHS = ("output", "index", "latents", "path", "file", "parquet", "trunk", "heads")  # settings that are paths
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a reported checkpoint is recorded, and a death noticed
     "TOKENIZERS_PARALLELISM": "false",

@@ -248,7 +248,7 @@ class GenerateJob(Job):
                         f"the reduction of VAE and {name}"
                     )
         prompts = config.prompts
-        named = [bool(prompts.texts), *(source is not None for source in (prompts.file, prompts.parquet, prompts.index))]
+        named = [bool(prompts.texts), *(p is not None for p in (prompts.file, prompts.parquet, prompts.index))]
         if sum(named) != 1:
             raise ValueError("generate.prompts: give exactly one of texts, file, parquet and index")
         diffusion = config.diffusion or DiffusionConfig()
@@ -330,9 +330,6 @@ def _text(key: str, text: TextWeightsConfig) -> None:
     named = [text.clip_l is not None, text.bigg is not None]
     if (text.seed is None and not all(named)) or (text.seed is not None and any(named)):
         raise ValueError(f"{key}: name both clip_l and bigg, or give a seed for random weights")
-    for name in (text.clip_l, text.bigg):
-        if name is not None and name.startswith("s3://"):
-            raise ValueError(f"{key}: {name}: text encoders load from a local path or a name, not from s3://")
 
 
 def _sampling(key: str, sampling: SamplingConfig, diffusion: DiffusionConfig) -> None:

@@ -135,7 +135,7 @@ def s3() -> Iterator[S3]:
         command = [str(BIN / "weed"), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         command += [f"-{name}={value}" for name, value in ports.items()]
         command += ["-master.volumeSizeLimitMB=64", "-volume.max=20", "-filer", "-s3", f"-s3.port={port}"]
-        command += [f"-s3.config={folder}/s3.json"]
+        command += [f"-s3.config={folder}/s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0"]  # else fixed ports
         with open(Path(folder, "weed.log"), "wb") as log:
             server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         endpoint = f"http://127.0.0.1:{port}"

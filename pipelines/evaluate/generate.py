@@ -92,10 +92,10 @@ class Generator:
         if not config.resources.gpus:
             torch.set_num_threads(max(1, int(config.resources.cpus)))
         dtype = getattr(torch, config.dtype)
-        self.base = networks.unet(config.base, options).to(self.device, dtype).eval()
-        self.refiner = networks.unet(config.refiner, options).to(self.device, dtype).eval() if config.refiner else None
-        self.vae = networks.vae(config.vae, options).to(self.device).eval()
-        self.text = networks.text_encoders(config.text).to(self.device)
+        self.base = networks.unet(config.base, options, dtype, self.device).eval()
+        self.refiner = networks.unet(config.refiner, options, dtype, self.device).eval() if config.refiner else None
+        self.vae = networks.vae(config.vae, options, device=self.device).eval()
+        self.text = networks.text_encoders(config.text, options, device=self.device)
         assert config.diffusion is not None  # resolved by generate_pictures
         self.diffusion = Diffusion(config.diffusion, self.device)
 

@@ -74,8 +74,8 @@ class Encoder:
             torch.set_num_threads(max(1, int(config.resources.cpus)))
         self.config = config
         dtype = getattr(torch, config.dtype)
-        self.vae = networks.vae(vae, options).to(self.device, dtype).eval().requires_grad_(False)
-        self.text = networks.text_encoders(text).to(self.device, dtype)
+        self.vae = networks.vae(vae, options, dtype, self.device).eval().requires_grad_(False)
+        self.text = networks.text_encoders(text, options, dtype, self.device)
         self.text_config = networks.text_config(text)
 
     def __call__(self, rows: pa.Table) -> pa.Table:

@@ -25,9 +25,9 @@ from pipelines.config import (
     WorkersConfig,
     flat,
 )
-from pipelines.networks import WEIGHTS_FILE
 from pipelines.progress import progress
 from pipelines.schema import Manifest, require_manifest
+from pipelines.sources import WEIGHTS_FILE
 from pipelines.storage import Storage, StorageOptions
 from pipelines.tracking import Lineage, closing, open_run, tracking_uri
 from pipelines.train.loop import Training, train_on_worker

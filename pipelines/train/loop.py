@@ -31,7 +31,7 @@ from pipelines.config import (
     VAETaskConfig,
     WorkersConfig,
 )
-from pipelines.networks import WEIGHTS_FILE
+from pipelines.sources import WEIGHTS_FILE
 from pipelines.storage import Storage, StorageOptions
 from pipelines.tracking import Tracker
 from pipelines.train.batches import Batch, Slices

@@ -159,7 +159,7 @@ class DenoiserTask:
     @cached_property
     def _empty_prompt(self) -> TextFeatures:
         """The encoded empty prompt, [1,77,D] and [1,P]; the encoders are dropped again."""
-        encoders = networks.text_encoders(self._config.text)
+        encoders = networks.text_encoders(self._config.text, self._options)
         empty = encoders(tokenize([""], encoders.config))
         return TextFeatures(empty.context.to(self._device), empty.pooled.to(self._device))
 

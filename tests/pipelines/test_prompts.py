@@ -107,7 +107,8 @@ def test_a_name_is_the_pictures_content_and_not_its_place():
 
 
 def test_batches_hold_one_size_and_every_prompt_once(table):
-    found = prompts(parquet=str(table), columns=PromptColumns(prompt="caption", height="h"), size=(64, 64), per_prompt=5)
+    columns = PromptColumns(prompt="caption", height="h")
+    found = prompts(parquet=str(table), columns=columns, size=(64, 64), per_prompt=5)
     tables = batches(found, [f"{k}.png" for k in range(len(found))], 4)
     assert all(len({tuple(size) for size in t["size"].to_pylist()}) == 1 and t.num_rows <= 4 for t in tables)
     assert sorted(name for t in tables for name in t["name"].to_pylist()) == sorted(f"{k}.png" for k in range(15))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from jobs.checks import check_denoiser_loss, check_fits_text, check_preset, check_sampling, check_text, check_timesteps
 from model.config import (
     DISCRIMINATOR_PRESETS,
     LPIPS_PRESETS,
@@ -14,33 +14,29 @@ from model.config import (
     UNET_PRESETS,
     VAE_PRESETS,
     Conditioning,
-    DenoiserLossConfig,
     DiffusionConfig,
-    TimestepBias,
-    UNetConfig,
 )
 from pipelines.config import (
-    BatchConfig,
-    BucketConfig,
     Count,
     CropConfig,
-    DenoiserTaskConfig,
-    EMAConfig,
-    EncodeConfig,
-    FilterConfig,
-    GenerateConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    ScheduleConfig,
     SourceConfig,
     StageResources,
     TextWeightsConfig,
     TrackingConfig,
-    VAETaskConfig,
     WeightsConfig,
+)
+from pipelines.evaluate.config import GenerateConfig
+from pipelines.preprocess.config import BucketConfig, EncodeConfig, FilterConfig
+from pipelines.storage import StorageOptions
+from pipelines.train.config import (
+    BatchConfig,
+    DenoiserTaskConfig,
+    EMAConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    VAETaskConfig,
     WorkersConfig,
 )
-from pipelines.storage import StorageOptions
 
 
 class RayConfig(BaseModel):
@@ -104,9 +100,9 @@ class PreprocessJob(Job):
             raise ValueError("stages: name index, latents or both")
         if not bucket_table(self.buckets):
             raise ValueError("buckets.table: has no size")
-        _preset("vae.preset", self.vae.preset, VAE_PRESETS)
+        check_preset("vae.preset", self.vae.preset, VAE_PRESETS)
         if "latents" in self.stages:
-            _text("text", self.text)
+            check_text("text", self.text)
         if "latents" in self.stages and self.latents is None:
             raise ValueError("latents: the latents stage needs a folder to write to")
         if ("latents" in self.stages) and self.vae.path is None:
@@ -159,14 +155,14 @@ class TrainVAEJob(TrainingJob):
 
     @model_validator(mode="after")
     def _check_task(self) -> Self:
-        _preset("task.vae.preset", self.task.vae.preset, VAE_PRESETS)
-        _preset("task.discriminator", self.task.discriminator, DISCRIMINATOR_PRESETS)
+        check_preset("task.vae.preset", self.task.vae.preset, VAE_PRESETS)
+        check_preset("task.discriminator", self.task.discriminator, DISCRIMINATOR_PRESETS)
         loss, lpips = self.task.loss, self.task.lpips
         for name in ("perceptual_weight", "kl_weight", "adversarial_weight", "adversarial_start_images"):
             if not 0 <= getattr(loss, name) < float("inf"):
                 raise ValueError(f"task.loss.{name}: {getattr(loss, name)} is negative or not finite")
         if lpips is not None:
-            _preset("task.lpips.preset", lpips.preset, LPIPS_PRESETS)
+            check_preset("task.lpips.preset", lpips.preset, LPIPS_PRESETS)
             for name in ("trunk", "heads"):
                 path = getattr(lpips, name)
                 if not path.endswith(".safetensors") and not lpips.allow_pickle:
@@ -186,15 +182,15 @@ class TrainDenoiserJob(TrainingJob):
     @model_validator(mode="after")
     def _check_task(self) -> Self:
         task = self.task
-        _preset("task.unet.preset", task.unet.preset, UNET_PRESETS)
-        _preset("task.vae.preset", task.vae.preset, VAE_PRESETS)
-        _text("task.text", task.text)
-        _fits_text("task.unet.preset", UNET_PRESETS[task.unet.preset], task.text)
-        _range("task.loss.timesteps", task.loss.timesteps, task.diffusion)
-        _denoiser_loss("task.loss", task.loss)
+        check_preset("task.unet.preset", task.unet.preset, UNET_PRESETS)
+        check_preset("task.vae.preset", task.vae.preset, VAE_PRESETS)
+        check_text("task.text", task.text)
+        check_fits_text("task.unet.preset", UNET_PRESETS[task.unet.preset], task.text)
+        check_timesteps("task.loss.timesteps", task.loss.timesteps, task.diffusion)
+        check_denoiser_loss("task.loss", task.loss)
         if task.vae.path is None:
             raise ValueError("task.vae.path: name the VAE that made the latents")
-        _sampling("task.samples", task.samples, task.diffusion)
+        check_sampling("task.samples", task.samples, task.diffusion)
         return self
 
 
@@ -227,15 +223,15 @@ class GenerateJob(Job):
     @model_validator(mode="after")
     def _check(self) -> Self:
         config = self.generate
-        _preset("generate.vae.preset", config.vae.preset, VAE_PRESETS)
-        _text("generate.text", config.text)
+        check_preset("generate.vae.preset", config.vae.preset, VAE_PRESETS)
+        check_text("generate.text", config.text)
         down = VAE_PRESETS[config.vae.preset].downsample
         for name, weights in (("base", config.base), ("refiner", config.refiner)):
             if weights is None:
                 continue
-            _preset(f"generate.{name}.preset", weights.preset, UNET_PRESETS)
+            check_preset(f"generate.{name}.preset", weights.preset, UNET_PRESETS)
             unet = UNET_PRESETS[weights.preset]
-            _fits_text(f"generate.{name}.preset", unet, config.text)
+            check_fits_text(f"generate.{name}.preset", unet, config.text)
             condition = Conditioning.TARGET_SIZE if name == "base" else Conditioning.AESTHETIC_SCORE
             if condition not in unet.conditioning:
                 raise ValueError(
@@ -252,7 +248,7 @@ class GenerateJob(Job):
         if sum(named) != 1:
             raise ValueError("generate.prompts: give exactly one of texts, file, parquet and index")
         diffusion = config.diffusion or DiffusionConfig()
-        _sampling("generate.sampling", config.sampling, diffusion)
+        check_sampling("generate.sampling", config.sampling, diffusion)
         if config.sampling.refiner == "ensemble" and config.sampling.handover == diffusion.num_timesteps:
             raise ValueError(f"generate.sampling.handover: {config.sampling.handover} leaves no timestep to the base")
         for name, weights in (("base", config.base), ("refiner", config.refiner), ("vae", config.vae)):
@@ -283,11 +279,11 @@ class ExportJob(Job):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _preset("unet.preset", self.unet.preset, UNET_PRESETS)
-        _preset("vae.preset", self.vae.preset, VAE_PRESETS)
-        _preset("text.preset", self.text.preset, TEXT_PRESETS)
+        check_preset("unet.preset", self.unet.preset, UNET_PRESETS)
+        check_preset("vae.preset", self.vae.preset, VAE_PRESETS)
+        check_preset("text.preset", self.text.preset, TEXT_PRESETS)
         unet = UNET_PRESETS[self.unet.preset]
-        _fits_text("unet.preset", unet, self.text)
+        check_fits_text("unet.preset", unet, self.text)
         for name in ("unet", "vae"):
             if getattr(self, name).path is None:
                 raise ValueError(f"{name}.path: is missing; an export needs trained weights")
@@ -318,66 +314,6 @@ class DemoJob(Job):
     """Pictures to render; None takes the preset's number."""
     image_pixels: Count | None = None
     """Longest side of the largest picture, pixels; None takes the preset's."""
-
-
-def _preset(key: str, name: str, presets: Iterable[str]) -> None:
-    if name not in presets:
-        raise ValueError(f"{key}: there is no preset {name!r}; there are {', '.join(presets)}")
-
-
-def _text(key: str, text: TextWeightsConfig) -> None:
-    _preset(f"{key}.preset", text.preset, TEXT_PRESETS)
-    named = [text.clip_l is not None, text.bigg is not None]
-    if (text.seed is None and not all(named)) or (text.seed is not None and any(named)):
-        raise ValueError(f"{key}: name both clip_l and bigg, or give a seed for random weights")
-
-
-def _sampling(key: str, sampling: SamplingConfig, diffusion: DiffusionConfig) -> None:
-    if sampling.steps > diffusion.num_timesteps:
-        raise ValueError(f"{key}.steps: {sampling.steps} of {diffusion.num_timesteps} timesteps")
-    if sampling.handover > diffusion.num_timesteps:
-        raise ValueError(f"{key}.handover: {sampling.handover} of {diffusion.num_timesteps} timesteps")
-    if sampling.refiner == "sdedit" and int(sampling.steps * sampling.strength) < 1:
-        raise ValueError(f"{key}.strength: {sampling.strength} of {sampling.steps} steps leaves none")
-
-
-def _range(key: str, timesteps: tuple[int, int], diffusion: DiffusionConfig) -> None:
-    first, end = timesteps
-    if not 0 <= first < end <= diffusion.num_timesteps:
-        raise ValueError(f"{key}: [{first}, {end}] does not lie inside the schedule's {diffusion.num_timesteps}")
-
-
-def _denoiser_loss(key: str, loss: DenoiserLossConfig) -> None:
-    infinite, bias = float("inf"), loss.timestep_bias
-    for name in ("caption_dropout", "text_dropout", "size_dropout"):
-        if not 0 <= getattr(loss, name) <= 1:
-            raise ValueError(f"{key}.{name}: {getattr(loss, name)} is no chance between 0 and 1")
-    if not 0 <= loss.offset_noise < infinite:
-        raise ValueError(f"{key}.offset_noise: {loss.offset_noise} is negative or not finite")
-    if loss.min_snr_gamma is not None and not 0 < loss.min_snr_gamma < infinite:
-        raise ValueError(f"{key}.min_snr_gamma: {loss.min_snr_gamma} is not positive and finite")
-    if not 0 < bias.multiplier < infinite:
-        raise ValueError(f"{key}.timestep_bias.multiplier: {bias.multiplier} is not positive and finite")
-    if not 0 < bias.portion <= 1:
-        raise ValueError(f"{key}.timestep_bias.portion: {bias.portion} is no share above 0 and up to 1")
-    if (bias.strategy is TimestepBias.RANGE) != (bias.range is not None):
-        raise ValueError(f"{key}.timestep_bias.range: is {bias.range} with the strategy {bias.strategy.value!r}")
-    if loss.biased_timesteps is not None:
-        (first, end), (lowest, highest) = loss.biased_timesteps, loss.timesteps
-        if not lowest <= first < end <= highest:
-            raise ValueError(
-                f"{key}.timestep_bias: biases the timesteps [{first}, {end}], which are none or not all among those "
-                f"that are drawn, [{lowest}, {highest}]"
-            )
-
-
-def _fits_text(key: str, unet: UNetConfig, text: TextWeightsConfig) -> None:
-    config = TEXT_PRESETS[text.preset]
-    if unet.context_offset + unet.context_dim > config.context_dim or unet.pooled_dim != config.pooled_dim:
-        raise ValueError(
-            f"{key}: reads text of {unet.context_offset} + {unet.context_dim} channels, pooled {unet.pooled_dim}, "
-            f"and the text encoders {text.preset!r} give {config.context_dim}, pooled {config.pooled_dim}"
-        )
 
 
 Denoiser = TypeVar("Denoiser", bound=TrainDenoiserJob)

@@ -12,7 +12,7 @@ from model.text import TextEncoders
 from model.unet import UNet
 from model.vae import VAE
 from model.vae_loss import PatchDiscriminator
-from pipelines.config import WorkersConfig
+from pipelines.train.config import WorkersConfig
 
 NETWORKS: Mapping[str, Callable[[str], nn.Module]] = {
     "unet": lambda preset: UNet(UNET_PRESETS[preset]),

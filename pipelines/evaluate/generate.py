@@ -22,7 +22,7 @@ from model.sampler import StepNoise, step_noise
 from model.text import TextFeatures, tokenize
 from model.vae import unscale
 from pipelines import networks
-from pipelines.config import GenerateConfig
+from pipelines.evaluate.config import GenerateConfig
 from pipelines.evaluate.prompts import Prompt, batches, read_prompts
 from pipelines.pictures import contact_sheet, to_pixels
 from pipelines.progress import progress

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
 
-from pipelines.config import PromptsConfig, Size
+from pipelines.config import Size
+from pipelines.evaluate.config import PromptsConfig
 from pipelines.schema import Column, digest, kept_rows, require_manifest
 from pipelines.storage import Storage, StorageOptions
 

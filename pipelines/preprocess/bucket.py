@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from pipelines.config import BucketConfig, Size
+from pipelines.config import Size
+from pipelines.preprocess.config import BucketConfig
 from pipelines.preprocess.measure import sizes
 from pipelines.schema import INDEX_SCHEMA, Column, pair_column
 

@@ -15,8 +15,9 @@ from model.finite import NotFiniteError
 from model.text import tokenize
 from model.vae import VAE, Posterior
 from pipelines import networks
-from pipelines.config import CropConfig, EncodeConfig, Size, TextWeightsConfig, WeightsConfig
+from pipelines.config import CropConfig, Size, TextWeightsConfig, WeightsConfig
 from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, crop_pixels, decode, draw_crop
+from pipelines.preprocess.config import EncodeConfig
 from pipelines.preprocess.measure import map_rows
 from pipelines.preprocess.write import FAILURE
 from pipelines.schema import PAIR, Column, latents_schema, tensor_column

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.config import FilterConfig
+from pipelines.preprocess.config import FilterConfig
 from pipelines.schema import INDEX_SCHEMA, Column, Reject
 
 Row = dict[str, Any]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.config import FilterConfig, Size
+from pipelines.config import Size
 from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, decode, header_size
+from pipelines.preprocess.config import FilterConfig
 from pipelines.schema import INDEX_SCHEMA, Column, Reject
 from pipelines.storage import Storage
 

@@ -13,17 +13,9 @@ import pyarrow.compute as pc
 from ray.data import Dataset
 
 from pipelines import networks
-from pipelines.config import (
-    BucketConfig,
-    CropConfig,
-    EncodeConfig,
-    FilterConfig,
-    SourceConfig,
-    StageResources,
-    TextWeightsConfig,
-    WeightsConfig,
-)
+from pipelines.config import CropConfig, SourceConfig, StageResources, TextWeightsConfig, WeightsConfig
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
+from pipelines.preprocess.config import BucketConfig, EncodeConfig, FilterConfig
 from pipelines.preprocess.encode import Encoder, crop_images
 from pipelines.preprocess.filter import apply_filters, mark_duplicates
 from pipelines.preprocess.measure import measure

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.ema import EMA
 from pipelines.checkpoints import ema_file
-from pipelines.config import BatchConfig, EMAConfig, OptimizerConfig, ScheduleConfig, WorkersConfig
+from pipelines.train.config import BatchConfig, EMAConfig, OptimizerConfig, ScheduleConfig, WorkersConfig
 
 TAG = "state"  # DeepSpeed's name for the one checkpoint in a folder
 

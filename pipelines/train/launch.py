@@ -14,22 +14,21 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from model.config import Conditioning
 from pipelines import networks
 from pipelines.checkpoints import CHECKPOINTS, RUN
-from pipelines.config import (
-    BatchConfig,
-    DenoiserTaskConfig,
-    EMAConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    TrackingConfig,
-    VAETaskConfig,
-    WorkersConfig,
-    flat,
-)
+from pipelines.config import TrackingConfig, flat
 from pipelines.progress import progress
 from pipelines.schema import Manifest, require_manifest
 from pipelines.sources import WEIGHTS_FILE
 from pipelines.storage import Storage, StorageOptions
 from pipelines.tracking import Lineage, closing, open_run, tracking_uri
+from pipelines.train.config import (
+    BatchConfig,
+    DenoiserTaskConfig,
+    EMAConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    VAETaskConfig,
+    WorkersConfig,
+)
 from pipelines.train.loop import Training, train_on_worker
 
 FREE_SETTINGS = (

@@ -22,7 +22,11 @@ from model.speed import compile_blocks
 from model.unet import UNet
 from model.vae import VAE
 from pipelines.checkpoints import PROGRESS
-from pipelines.config import (
+from pipelines.sources import WEIGHTS_FILE
+from pipelines.storage import Storage, StorageOptions
+from pipelines.tracking import Tracker
+from pipelines.train.batches import Batch, Slices
+from pipelines.train.config import (
     BatchConfig,
     DenoiserTaskConfig,
     EMAConfig,
@@ -31,10 +35,6 @@ from pipelines.config import (
     VAETaskConfig,
     WorkersConfig,
 )
-from pipelines.sources import WEIGHTS_FILE
-from pipelines.storage import Storage, StorageOptions
-from pipelines.tracking import Tracker
-from pipelines.train.batches import Batch, Slices
 from pipelines.train.engine import Engine
 from pipelines.train.plan import Plan
 from pipelines.train.tasks import DenoiserTask, Loss, Task, VAETask, mean_over_workers

@@ -17,8 +17,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipelines.config import BatchConfig, Size
+from pipelines.config import Size
 from pipelines.schema import DataFile
+from pipelines.train.config import BatchConfig
 
 CACHED_WINDOWS = 16  # shuffled windows kept, over all buckets
 CACHED_EPOCHS = 2

@@ -30,12 +30,12 @@ from model.vae_loss import (
 )
 from model.weights import Kind, save_weights
 from pipelines import networks
-from pipelines.config import BatchConfig, DenoiserTaskConfig, VAETaskConfig
 from pipelines.pictures import grid, to_pixels
 from pipelines.sampling import Told, base_denoiser, generate, refine, refiner_denoiser
 from pipelines.schema import require_manifest
 from pipelines.storage import Storage, StorageOptions
 from pipelines.train.batches import Batch, ImageBatch, ImageReader, LatentBatch, LatentReader, Reader
+from pipelines.train.config import BatchConfig, DenoiserTaskConfig, VAETaskConfig
 from pipelines.train.engine import Engine
 
 

@@ -4,7 +4,8 @@ import pytest
 from PIL import Image
 
 from jobs.demo_images import DUPLICATE, METADATA, TRUNCATED, UNCAPTIONED, render_images
-from pipelines.config import FilterConfig, SourceConfig
+from pipelines.config import SourceConfig
+from pipelines.preprocess.config import FilterConfig
 from pipelines.preprocess.filter import apply_filters, mark_duplicates
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.read import list_inputs

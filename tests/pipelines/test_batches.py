@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 
 from model.config import Conditioning
-from pipelines.config import BatchConfig, CropConfig
+from pipelines.config import CropConfig
 from pipelines.images import content_id, crop_pixels, draw_crop
 from pipelines.preprocess.write import write_rows
 from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, DataFile, latents_schema, tensor_column, write_manifest
 from pipelines.storage import Storage
 from pipelines.train import batches
 from pipelines.train.batches import ImageReader, LatentReader, Slices
+from pipelines.train.config import BatchConfig
 from pipelines.train.plan import Plan
 
 CONTEXT, POOLED = (3, 5), (6,)

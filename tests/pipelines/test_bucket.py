@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from pipelines.config import BucketConfig
 from pipelines.preprocess.bucket import assign_buckets, bucket_table, nearest
+from pipelines.preprocess.config import BucketConfig
 from pipelines.schema import INDEX_SCHEMA, pair_column
 
 WIDE = (  # SDXL Appendix I, height x width, the sizes that are wider than high

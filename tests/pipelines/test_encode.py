@@ -11,8 +11,9 @@ from PIL import Image
 from model.config import TEXT_PRESETS
 from model.text import tokenize
 from pipelines import networks
-from pipelines.config import CropConfig, EncodeConfig, TextWeightsConfig, WeightsConfig
+from pipelines.config import CropConfig, TextWeightsConfig, WeightsConfig
 from pipelines.images import content_id, crop_pixels, draw_crop
+from pipelines.preprocess.config import EncodeConfig
 from pipelines.preprocess.encode import PIXELS, Encoder, crop_images
 from pipelines.preprocess.write import FAILURE, cut, stored, write_units
 from pipelines.schema import INDEX_SCHEMA, latents_schema, tensor_array

@@ -14,8 +14,8 @@ from torch import nn
 
 from model.ema import EMA
 from pipelines.checkpoints import averaged_weights
-from pipelines.config import BatchConfig, EMAConfig, OptimizerConfig, ScheduleConfig, WorkersConfig
 from pipelines.storage import Storage
+from pipelines.train.config import BatchConfig, EMAConfig, OptimizerConfig, ScheduleConfig, WorkersConfig
 
 STEPS, GLOBAL, WORLD = 4, 8, 2
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, warmup_images=16, decay_images=16, clip_norm=0.5)

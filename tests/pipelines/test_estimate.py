@@ -1,7 +1,7 @@
 import pytest
 
-from pipelines.config import WorkersConfig
 from pipelines.estimate import memory_per_worker, parameters
+from pipelines.train.config import WorkersConfig
 
 
 @pytest.mark.parametrize(

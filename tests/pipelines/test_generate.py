@@ -11,13 +11,8 @@ from PIL import Image
 from model.config import DiffusionConfig, SamplerName
 from model.weights import Kind, save_weights
 from pipelines import networks
-from pipelines.config import (
-    GenerateConfig,
-    PromptsConfig,
-    SamplingConfig,
-    TextWeightsConfig,
-    WeightsConfig,
-)
+from pipelines.config import SamplingConfig, TextWeightsConfig, WeightsConfig
+from pipelines.evaluate.config import GenerateConfig, PromptsConfig
 from pipelines.evaluate.generate import Generator, checked_prompts
 from pipelines.evaluate.prompts import batches, read_prompts
 from pipelines.storage import Storage, StorageOptions

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipelines.config import FilterConfig, SourceConfig
+from pipelines.config import SourceConfig
 from pipelines.images import content_id, decode
 from pipelines.preprocess.bucket import assign_buckets
+from pipelines.preprocess.config import FilterConfig
 from pipelines.preprocess.filter import apply_filters, mark_duplicates
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.read import INPUT_SCHEMA, list_inputs

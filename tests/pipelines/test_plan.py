@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipelines.config import BatchConfig
 from pipelines.schema import DataFile
+from pipelines.train.config import BatchConfig
 from pipelines.train.plan import Plan
 
 SQUARE, WIDE, TALL = (32, 32), (16, 64), (64, 16)

@@ -2,7 +2,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.config import PromptColumns, PromptsConfig
+from pipelines.evaluate.config import PromptColumns, PromptsConfig
 from pipelines.evaluate.prompts import batches, read_prompts
 from pipelines.storage import StorageOptions
 

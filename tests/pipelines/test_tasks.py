@@ -25,18 +25,11 @@ from model.lpips import LPIPS
 from model.vae import scale
 from model.vae_loss import adaptive_weight, adversarial_loss, divergence_loss, hinge_loss, reconstruction_loss
 from pipelines import networks
-from pipelines.config import (
-    BatchConfig,
-    DenoiserTaskConfig,
-    LPIPSWeightsConfig,
-    SourceConfig,
-    TextWeightsConfig,
-    VAETaskConfig,
-    WeightsConfig,
-)
+from pipelines.config import LPIPSWeightsConfig, SourceConfig, TextWeightsConfig, WeightsConfig
 from pipelines.storage import StorageOptions
 from pipelines.train import tasks
 from pipelines.train.batches import ImageBatch, LatentBatch
+from pipelines.train.config import BatchConfig, DenoiserTaskConfig, VAETaskConfig
 
 BATCH = BatchConfig(global_size=4, micro_size=4, seed=3)
 CPU = torch.device("cpu")

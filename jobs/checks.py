@@ -1,0 +1,74 @@
+"""Checks that several jobs make of their settings. Each raises ValueError that opens with the setting's dotted path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from model.config import TEXT_PRESETS, DenoiserLossConfig, DiffusionConfig, TimestepBias, UNetConfig
+from pipelines.config import SamplingConfig, TextWeightsConfig
+
+
+def check_preset(key: str, name: str, presets: Iterable[str]) -> None:
+    """The preset exists."""
+    if name not in presets:
+        raise ValueError(f"{key}: there is no preset {name!r}; there are {', '.join(presets)}")
+
+
+def check_text(key: str, text: TextWeightsConfig) -> None:
+    """Both text encoders are named, or a seed in their place."""
+    check_preset(f"{key}.preset", text.preset, TEXT_PRESETS)
+    named = [text.clip_l is not None, text.bigg is not None]
+    if (text.seed is None and not all(named)) or (text.seed is not None and any(named)):
+        raise ValueError(f"{key}: name both clip_l and bigg, or give a seed for random weights")
+
+
+def check_sampling(key: str, sampling: SamplingConfig, diffusion: DiffusionConfig) -> None:
+    """Steps, hand-over and strength lie inside the schedule."""
+    if sampling.steps > diffusion.num_timesteps:
+        raise ValueError(f"{key}.steps: {sampling.steps} of {diffusion.num_timesteps} timesteps")
+    if sampling.handover > diffusion.num_timesteps:
+        raise ValueError(f"{key}.handover: {sampling.handover} of {diffusion.num_timesteps} timesteps")
+    if sampling.refiner == "sdedit" and int(sampling.steps * sampling.strength) < 1:
+        raise ValueError(f"{key}.strength: {sampling.strength} of {sampling.steps} steps leaves none")
+
+
+def check_timesteps(key: str, timesteps: tuple[int, int], diffusion: DiffusionConfig) -> None:
+    """The range of timesteps lies inside the schedule."""
+    first, end = timesteps
+    if not 0 <= first < end <= diffusion.num_timesteps:
+        raise ValueError(f"{key}: [{first}, {end}] does not lie inside the schedule's {diffusion.num_timesteps}")
+
+
+def check_denoiser_loss(key: str, loss: DenoiserLossConfig) -> None:
+    """Chances, weights and the bias of the loss are in range."""
+    infinite, bias = float("inf"), loss.timestep_bias
+    for name in ("caption_dropout", "text_dropout", "size_dropout"):
+        if not 0 <= getattr(loss, name) <= 1:
+            raise ValueError(f"{key}.{name}: {getattr(loss, name)} is no chance between 0 and 1")
+    if not 0 <= loss.offset_noise < infinite:
+        raise ValueError(f"{key}.offset_noise: {loss.offset_noise} is negative or not finite")
+    if loss.min_snr_gamma is not None and not 0 < loss.min_snr_gamma < infinite:
+        raise ValueError(f"{key}.min_snr_gamma: {loss.min_snr_gamma} is not positive and finite")
+    if not 0 < bias.multiplier < infinite:
+        raise ValueError(f"{key}.timestep_bias.multiplier: {bias.multiplier} is not positive and finite")
+    if not 0 < bias.portion <= 1:
+        raise ValueError(f"{key}.timestep_bias.portion: {bias.portion} is no share above 0 and up to 1")
+    if (bias.strategy is TimestepBias.RANGE) != (bias.range is not None):
+        raise ValueError(f"{key}.timestep_bias.range: is {bias.range} with the strategy {bias.strategy.value!r}")
+    if loss.biased_timesteps is not None:
+        (first, end), (lowest, highest) = loss.biased_timesteps, loss.timesteps
+        if not lowest <= first < end <= highest:
+            raise ValueError(
+                f"{key}.timestep_bias: biases the timesteps [{first}, {end}], which are none or not all among those "
+                f"that are drawn, [{lowest}, {highest}]"
+            )
+
+
+def check_fits_text(key: str, unet: UNetConfig, text: TextWeightsConfig) -> None:
+    """The U-Net reads what the text encoders give."""
+    config = TEXT_PRESETS[text.preset]
+    if unet.context_offset + unet.context_dim > config.context_dim or unet.pooled_dim != config.pooled_dim:
+        raise ValueError(
+            f"{key}: reads text of {unet.context_offset} + {unet.context_dim} channels, pooled {unet.pooled_dim}, "
+            f"and the text encoders {text.preset!r} give {config.context_dim}, pooled {config.pooled_dim}"
+        )

@@ -1,0 +1,87 @@
+"""What generation can be told: prompts, networks, settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from model.config import DiffusionConfig
+from pipelines.config import Amount, Count, SamplingConfig, Size, StageResources, TextWeightsConfig, WeightsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptColumns:
+    """Which column of a table of prompts holds what; None where the table has no such column."""
+
+    prompt: str = "prompt"
+    """The prompt."""
+    negative: str | None = None
+    """What guidance leads away from; a row may have none."""
+    seed: str | None = None
+    """Seed of the noise."""
+    height: str | None = None
+    """Height of the picture, pixels."""
+    width: str | None = None
+    """Width of the picture, pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """What to make pictures of: exactly one of texts, file, parquet and index."""
+
+    texts: tuple[str, ...] = ()
+    """Prompts."""
+    file: str | None = None
+    """A text file with a prompt per line."""
+    parquet: str | None = None
+    """A Parquet file, or a folder of them, with a prompt per row."""
+    columns: PromptColumns = field(default_factory=PromptColumns)
+    """Its columns."""
+    index: str | None = None
+    """An index: the captions of kept images, each at its image's bucket and original size."""
+    count: Count | None = None
+    """How many of them, from the first; None takes all."""
+    per_prompt: Count = 1
+    """Pictures of each prompt, with seeds that count up from its own."""
+    negative: str | None = None
+    """What guidance leads away from; None is no text, which is zeros for the base and the empty prompt for the
+    refiner."""
+    size: Size = (1024, 1024)
+    """(height, width) of pictures, pixels, where neither a Parquet file nor an index says it."""
+    original_size: Size | None = None
+    """(height, width) that the networks are told as the original's, pixels; None is the index's, or the picture's."""
+    crop_top_left: tuple[Amount, Amount] = (0, 0)
+    """(top, left) that the networks are told as the crop's, pixels; (0, 0) asks for a whole, centred object."""
+    negative_original_size: Size | None = None
+    """(height, width) that the negative condition is told; a small one leads away from what upscaled images look like.
+    None is the same as the positive's."""
+    seed: Amount = 0
+    """Seed of the noise. The same seed and prompt give the same picture wherever the prompt stands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """The networks that make pictures, and how."""
+
+    base: WeightsConfig
+    """The base."""
+    refiner: WeightsConfig | None = None
+    """The refiner; None leaves the base alone."""
+    vae: WeightsConfig
+    """The VAE."""
+    text: TextWeightsConfig
+    """The text encoders."""
+    prompts: PromptsConfig
+    """What to make."""
+    diffusion: DiffusionConfig | None = None
+    """The noise schedule; None takes the one that the base's file says it was trained with, or else the published."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampler, steps, guidance and hand-over."""
+    batch: Count = 8
+    """Pictures in one pass."""
+    sheets: Amount = 4
+    """Contact sheets of 64 pictures that are drawn, from the first prompts on."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type the U-Nets compute in."""
+    resources: StageResources = field(default_factory=StageResources)
+    """One generator process."""

@@ -1,0 +1,149 @@
+"""What training can be told: batches, optimizer, workers, schedule, and the two tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from model.config import DenoiserLossConfig, DiffusionConfig, VAELossConfig
+from pipelines.config import (
+    Amount,
+    Count,
+    CropConfig,
+    Decay,
+    LPIPSWeightsConfig,
+    Positive,
+    SamplingConfig,
+    SourceConfig,
+    TextWeightsConfig,
+    WeightsConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """One optimizer step's images."""
+
+    global_size: Count
+    """Images per step over all workers."""
+    micro_size: Count
+    """Images per worker and pass; global_size = micro_size x workers x accumulation."""
+    shuffle_rows: Count = 8_192
+    """Rows that are shuffled together; files are read in a drawn order, this many rows at a time."""
+    seed: Amount = 0
+    """Seed of the order, and of every draw in training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, and the learning rate's way over the run. The paper publishes none of these."""
+
+    lr: Positive = 1e-4
+    """Learning rate after warm-up."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Ge(0)] = 0.01
+    """Decoupled weight decay."""
+    warmup_images: Amount = 0
+    """Images over which the learning rate rises from zero."""
+    decay_images: Amount = 0
+    """Images over which it falls to zero, at the end of the run."""
+    clip_norm: Annotated[float, Ge(0)] = 1.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """The averaged weights, which are the ones that are sampled from and exported."""
+
+    halflife_images: Count = 500_000
+    """Images over which a weight's share in the average halves. Unpublished; EDM2's value."""
+    rampup: Positive = 0.05
+    """The half-life is at most this share of the images seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersConfig:
+    """The processes that train together."""
+
+    count: Count = 1
+    """Workers, one GPU each or one CPU share each."""
+    gpu: bool = False
+    """Whether each worker has a GPU."""
+    cpus: Annotated[float, Ge(0)] = 1.0
+    """CPU cores of each worker."""
+    zero_stage: Literal[1, 2] = 1
+    """DeepSpeed ZeRO stage: 1 shards the optimizer and the average over workers, 2 the gradients as well."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights in the forward and backward pass; the optimizer keeps float32."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile each block of the U-Net or VAE; the first step takes minutes longer and later ones less time."""
+    max_failures: Amount = 3
+    """How often a run whose worker dies is resumed from its last checkpoint before it fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How long to train and how often to do what, all in images over all workers."""
+
+    images: Count
+    """Images to train on."""
+    checkpoint_images: Count
+    """Images between two checkpoints."""
+    sample_images: Amount = 0
+    """Images between two grids of samples; 0 for none."""
+    log_images: Amount = 0
+    """Images between two points of a curve; 0 for every step."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserTaskConfig:
+    """Training of the base or of the refiner on latents."""
+
+    unet: WeightsConfig
+    """The network; a path fine-tunes it."""
+    latents: str
+    """The latents dataset."""
+    vae: WeightsConfig
+    """The VAE that made the latents; it scales them and decodes samples."""
+    text: TextWeightsConfig
+    """The text encoders that made the latents."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """The noise schedule."""
+    loss: DenoiserLossConfig = field(default_factory=DenoiserLossConfig)
+    """Draws of noise, timesteps and dropout, and the loss's weight."""
+    samples: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the grids of samples are made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETaskConfig:
+    """Training of the VAE on the images that an index keeps."""
+
+    vae: WeightsConfig
+    """The network; a path fine-tunes it."""
+    discriminator: str
+    """Name of the discriminator's preset."""
+    index: str
+    """The index dataset."""
+    source: SourceConfig
+    """The images that the index describes."""
+    crop: CropConfig = field(default_factory=CropConfig)
+    """Where the training crop lies."""
+    loss: VAELossConfig = field(default_factory=VAELossConfig)
+    """Weights of the loss terms."""
+    lpips: LPIPSWeightsConfig | None = None
+    """The network of the perceptual term; None leaves the term out, and with it much of the sharpness of latent
+    diffusion's autoencoders."""
+    adversarial_lr_scale: Positive = 1.0
+    """Learning rate of the discriminator over that of the VAE."""
+    scaling_images: Count = 256
+    """Images over which the exported scaling factor (one over the latents' deviation) is measured."""

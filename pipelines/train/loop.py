@@ -6,13 +6,10 @@ import itertools
 import json
 import logging
 import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import torch
@@ -22,10 +19,9 @@ from model.speed import compile_blocks
 from model.unet import UNet
 from model.vae import VAE
 from pipelines.checkpoints import PROGRESS
-from pipelines.sources import WEIGHTS_FILE
 from pipelines.storage import Storage, StorageOptions
 from pipelines.tracking import Tracker
-from pipelines.train.batches import Batch, Slices
+from pipelines.train.batches import Slices
 from pipelines.train.config import (
     BatchConfig,
     DenoiserTaskConfig,
@@ -36,10 +32,10 @@ from pipelines.train.config import (
     WorkersConfig,
 )
 from pipelines.train.engine import Engine
+from pipelines.train.meter import Meter
+from pipelines.train.outputs import export, sample_batch
 from pipelines.train.plan import Plan
-from pipelines.train.tasks import DenoiserTask, Loss, Task, VAETask, mean_over_workers
-
-SAMPLED_ROWS = 8  # pictures in a row of the sample grid
+from pipelines.train.tasks import DenoiserTask, Task, VAETask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +95,13 @@ def train_on_worker(settings: dict[str, Training]) -> None:
         if schedule.sample_images and (last or _due(schedule.sample_images, images_seen, batch)):
             with averaged.averaged() as network:
                 if tracker:
-                    tracker.image(images_seen, "samples", task.samples(network, _sample_batch(task)))
+                    tracker.image(images_seen, "samples", task.samples(network, sample_batch(task)))
         if last or _due(schedule.checkpoint_images, images_seen, batch):
             _checkpoint(engines, step, images_seen)
     with averaged.averaged() as network:
         weights = averaged.full_weights()
         if rank == 0:
-            _export(task, network, weights, plan, training.output)
+            export(task, network, weights, plan, training.output)
 
 
 def _task(training: Training, device: torch.device) -> Task:
@@ -141,38 +137,6 @@ def _due(every: int, images_seen: int, batch: BatchConfig) -> bool:
     return images_seen // every > (images_seen - batch.global_size) // every
 
 
-class Meter:
-    """Means over workers of what was added since it was last read."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, list[torch.Tensor]] = {}
-        self._read_at, self._images, self._waited = time.perf_counter(), 0, 0.0
-
-    def add(self, loss: Loss) -> None:
-        """Take in one micro-batch's loss."""
-        for name, value in {f"loss_{loss.engine}": loss.per_sample, **loss.terms}.items():
-            self._sums.setdefault(name, []).append(value.detach().float().mean())
-
-    def read(
-        self, engines: dict[str, Engine], batch: BatchConfig, images_seen: int, waited_seconds: float
-    ) -> dict[str, float]:
-        """The curves' next point. All workers call it together."""
-        names = list(self._sums)
-        means = mean_over_workers(torch.stack([torch.stack(self._sums[name]).mean() for name in names]))
-        now = time.perf_counter()
-        seconds = now - self._read_at
-        numbers = dict(zip(names, means.tolist(), strict=True))
-        for name, engine in engines.items():
-            if f"loss_{name}" in numbers:
-                numbers[f"learning_rate_{name}"] = engine.learning_rate(images_seen)
-                numbers[f"gradient_norm_{name}"] = engine.gradient_norm()
-        if self._images:  # the first interval of an attempt is mostly start-up
-            numbers["images_per_second"] = (images_seen - self._images) / seconds
-            numbers["data_wait_share"] = (waited_seconds - self._waited) / seconds
-        self._sums, self._read_at, self._images, self._waited = {}, now, images_seen, waited_seconds
-        return numbers
-
-
 def _checkpoint(engines: dict[str, Engine], step: int, images_seen: int) -> None:
     """Hand a checkpoint to Ray Train, and wait until it has recorded it: one that is only reported can be lost."""
     with tempfile.TemporaryDirectory() as folder:
@@ -193,28 +157,3 @@ def _restore(engines: dict[str, Engine]) -> int:
         for engine in engines.values():
             engine.load(Path(folder))
         return int(json.loads(Path(folder, PROGRESS).read_text())["step"])
-
-
-def _sample_batch(task: Task) -> Batch:
-    """The first rows of the largest file: the same ones at every step of a run."""
-    file = max(range(len(task.reader.files)), key=lambda number: task.reader.files[number].rows)
-    count = min(SAMPLED_ROWS, task.reader.files[file].rows)
-    bucket = task.reader.files[file].bucket
-    assert bucket is not None
-    return task.reader.read(np.array([[file, row] for row in range(count)]), bucket, 0)
-
-
-def _export(
-    task: Task, network: torch.nn.Module, weights: dict[str, torch.Tensor], plan: Plan, output: Storage
-) -> None:
-    def batches() -> Iterator[Batch]:
-        for number in itertools.count():
-            planned = plan.step(number)
-            for start in range(0, len(planned.rows), plan.batch.micro_size):
-                rows = planned.rows[start : start + plan.batch.micro_size]
-                yield task.reader.read(rows, planned.bucket, number * plan.batch.global_size + start)
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, WEIGHTS_FILE)
-        task.export(network, weights, batches(), path)
-        output.upload(WEIGHTS_FILE, path)

@@ -1,0 +1,43 @@
+"""What the curves show: means over workers, rates, and the share of time that training waits for data."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from pipelines.train.config import BatchConfig
+from pipelines.train.engine import Engine
+from pipelines.train.tasks import Loss, mean_over_workers
+
+
+class Meter:
+    """Means over workers of what was added since it was last read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[torch.Tensor]] = {}
+        self._read_at, self._images, self._waited = time.perf_counter(), 0, 0.0
+
+    def add(self, loss: Loss) -> None:
+        """Take in one micro-batch's loss."""
+        for name, value in {f"loss_{loss.engine}": loss.per_sample, **loss.terms}.items():
+            self._sums.setdefault(name, []).append(value.detach().float().mean())
+
+    def read(
+        self, engines: dict[str, Engine], batch: BatchConfig, images_seen: int, waited_seconds: float
+    ) -> dict[str, float]:
+        """The curves' next point. All workers call it together."""
+        names = list(self._sums)
+        means = mean_over_workers(torch.stack([torch.stack(self._sums[name]).mean() for name in names]))
+        now = time.perf_counter()
+        seconds = now - self._read_at
+        numbers = dict(zip(names, means.tolist(), strict=True))
+        for name, engine in engines.items():
+            if f"loss_{name}" in numbers:
+                numbers[f"learning_rate_{name}"] = engine.learning_rate(images_seen)
+                numbers[f"gradient_norm_{name}"] = engine.gradient_norm()
+        if self._images:  # the first interval of an attempt is mostly start-up
+            numbers["images_per_second"] = (images_seen - self._images) / seconds
+            numbers["data_wait_share"] = (waited_seconds - self._waited) / seconds
+        self._sums, self._read_at, self._images, self._waited = {}, now, images_seen, waited_seconds
+        return numbers

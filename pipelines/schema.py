@@ -59,6 +59,9 @@ class Reject(StrEnum):
     TOO_SMALL = "too_small"
     TOO_LARGE = "too_large"
     EXTREME_ASPECT = "extreme_aspect"
+    LONG_CAPTION = "long_caption"
+    NO_SCORE = "no_score"
+    LOW_SCORE = "low_score"
     DUPLICATE = "duplicate"
 
 

@@ -12,16 +12,25 @@ from pipelines.config import Amount, Count, Size, StageResources
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-    """What is rejected. Small images are kept by default: size conditioning exists to use them (SDXL 2.2)."""
+    """What is rejected. Small images are kept by default: size conditioning exists to use them (SDXL 2.2).
+
+    All but max_pixels can be changed later without reading an image again.
+    """
 
     min_side: Count = 1
     """Shortest side an original image may have, pixels."""
     max_aspect: Annotated[float, Ge(1)] = 6.0
     """Longest over shortest side an original image may have."""
     max_pixels: Count = 200_000_000
-    """Pixels a header may claim before the file is refused unread."""
+    """Pixels a header may claim before the file is refused unread. A change measures every image again."""
     min_caption_characters: Amount = 1
     """Shortest caption, after white space is stripped."""
+    max_caption_characters: Count = 1_000_000
+    """Longest caption, after white space is stripped. The text encoders see its first 75 tokens."""
+    min_aesthetic_score: float | None = None
+    """Lowest score an image may have, in the source's unit; None for any. An image without a score is kept."""
+    require_aesthetic_score: bool = False
+    """Whether an image without a score is rejected."""
 
 
 @dataclass(frozen=True, kw_only=True)

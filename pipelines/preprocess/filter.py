@@ -1,61 +1,91 @@
-"""Decide what is kept. A filter looks at one index row and returns the reason to reject it, or None."""
+"""Decide what is kept: a pure function of the measured facts of all rows and the filter settings.
+
+Nothing here reads an image. What could not be measured (unreadable, or claimed too many pixels) is a fact and stands;
+every other verdict is decided again at each commit, so a changed threshold costs no pixels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.preprocess.config import FilterConfig
 from pipelines.schema import INDEX_SCHEMA, Column, Reject
 
-Row = dict[str, Any]
-Filter = Callable[[Row, FilterConfig], tuple[Reject, str] | None]
+MEASURED = (Reject.UNREADABLE, Reject.TOO_LARGE)  # reasons that measuring gives; the rest are decided here
+Verdict = tuple[Reject, pa.ChunkedArray, pa.ChunkedArray]  # the reason, which rows it rejects (null: none), the detail
+Filter = Callable[[pa.Table, FilterConfig], Verdict]
+
+
+def decide(index: pa.Table, config: FilterConfig) -> pa.Table:
+    """Index rows with the verdict on each, whatever was decided before. Every row of a key must be there once.
+
+    It depends on the set of rows and the settings alone, not on the order of rows or on earlier verdicts.
+    """
+    reasons, details = index.column(Column.REJECT_REASON), index.column(Column.REJECT_DETAIL)
+    measured = pc.is_in(reasons, value_set=pa.array(MEASURED, pa.string()))
+    cleared = _with_verdicts(index, _where(measured, reasons), _where(measured, details))
+    return mark_duplicates(apply_filters(cleared, config))
 
 
 def apply_filters(index: pa.Table, config: FilterConfig) -> pa.Table:
     """Index rows with reject_reason set by the first filter that rejects them; earlier verdicts stand."""
-    rows = index.to_pylist()
-    for row in rows:
-        if row[Column.REJECT_REASON] is None:
-            verdict = next(filter(None, (check(row, config) for check in FILTERS)), None)
-            if verdict:
-                row[Column.REJECT_REASON], row[Column.REJECT_DETAIL] = verdict
-    return _with_verdicts(index, rows)
+    reasons, details = index.column(Column.REJECT_REASON), index.column(Column.REJECT_DETAIL)
+    for check in FILTERS:
+        reason, rejected, detail = check(index, config)
+        hit = pc.and_(pc.is_null(reasons), pc.fill_null(rejected, False))
+        reasons = pc.if_else(hit, str(reason), reasons)
+        details = pc.if_else(hit, detail, details)
+    return _with_verdicts(index, reasons, details)
 
 
-def caption_length(row: Row, config: FilterConfig) -> tuple[Reject, str] | None:
+def no_caption(index: pa.Table, config: FilterConfig) -> Verdict:
     """An image without a caption, or with too short a one."""
-    length = len((row[Column.CAPTION] or "").strip())
-    if length >= config.min_caption_characters:
-        return None
-    return (
-        Reject.NO_CAPTION,
-        f"{length} characters, and filters.min_caption_characters is {config.min_caption_characters}",
-    )
+    length, least = _caption_length(index), config.min_caption_characters
+    detail = _text(length, f" characters, and filters.min_caption_characters is {least}")
+    return Reject.NO_CAPTION, pc.less(length, least), detail
 
 
-def shortest_side(row: Row, config: FilterConfig) -> tuple[Reject, str] | None:
+def long_caption(index: pa.Table, config: FilterConfig) -> Verdict:
+    """An image with too long a caption."""
+    length, most = _caption_length(index), config.max_caption_characters
+    detail = _text(length, f" characters, and filters.max_caption_characters is {most}")
+    return Reject.LONG_CAPTION, pc.greater(length, most), detail
+
+
+def shortest_side(index: pa.Table, config: FilterConfig) -> Verdict:
     """An image with too short a side."""
-    side = min(row[Column.ORIGINAL_SIZE])
-    return (
-        None
-        if side >= config.min_side
-        else (Reject.TOO_SMALL, f"{side} pixels, and filters.min_side is {config.min_side}")
-    )
+    side = pc.min_element_wise(*_sides(index), skip_nulls=False)
+    detail = _text(side, f" pixels, and filters.min_side is {config.min_side}")
+    return Reject.TOO_SMALL, pc.less(side, config.min_side), detail
 
 
-def aspect(row: Row, config: FilterConfig) -> tuple[Reject, str] | None:
+def aspect(index: pa.Table, config: FilterConfig) -> Verdict:
     """An image too long for its width."""
-    height, width = row[Column.ORIGINAL_SIZE]
-    ratio = max(height, width) / min(height, width)
-    if ratio <= config.max_aspect:
-        return None
-    return Reject.EXTREME_ASPECT, f"{ratio:.2f}, and filters.max_aspect is {config.max_aspect}"
+    sides = [pc.cast(side, pa.float64()) for side in _sides(index)]
+    ratio = pc.divide(pc.max_element_wise(*sides, skip_nulls=False), pc.min_element_wise(*sides, skip_nulls=False))
+    detail = _text(pc.round(ratio, 2), f", and filters.max_aspect is {config.max_aspect}")
+    return Reject.EXTREME_ASPECT, pc.greater(ratio, config.max_aspect), detail
 
 
-FILTERS: tuple[Filter, ...] = (caption_length, shortest_side, aspect)
+def low_score(index: pa.Table, config: FilterConfig) -> Verdict:
+    """An image with too low an aesthetic score."""
+    score, least = index.column(Column.AESTHETIC_SCORE), config.min_aesthetic_score
+    detail = _text(score, f", and filters.min_aesthetic_score is {least}")
+    return Reject.LOW_SCORE, pc.less(score, pa.scalar(least, pa.float32())), detail
+
+
+def no_score(index: pa.Table, config: FilterConfig) -> Verdict:
+    """An image without an aesthetic score, where the settings want one."""
+    missing = pc.is_null(index.column(Column.AESTHETIC_SCORE))
+    detail = pa.scalar("filters.require_aesthetic_score is true", pa.string())
+    return Reject.NO_SCORE, pc.and_(missing, config.require_aesthetic_score), detail
+
+
+FILTERS: tuple[Filter, ...] = (no_caption, long_caption, shortest_side, aspect, no_score, low_score)
 
 
 def mark_duplicates(rows: pa.Table) -> pa.Table:
@@ -64,27 +94,47 @@ def mark_duplicates(rows: pa.Table) -> pa.Table:
     Takes and returns columns id, path, reject_reason, reject_detail, in the same order. It depends on the set of rows
     alone, not on the order in which they were found: a row that was a duplicate before is judged again.
     """
-    columns = rows.to_pydict()
-    ids, paths = columns[Column.ID], columns[Column.PATH]
-    reasons, details = columns[Column.REJECT_REASON], columns[Column.REJECT_DETAIL]
-    judged = [reason in (None, Reject.DUPLICATE) for reason in reasons]
-    first: dict[str, str] = {}
-    for image, path, candidate in zip(ids, paths, judged, strict=True):
-        if candidate and path < first.get(image, "\U0010ffff"):
-            first[image] = path
-    for row, candidate in enumerate(judged):
-        if candidate:
-            original = first[ids[row]]
-            duplicate = paths[row] != original
-            reasons[row] = Reject.DUPLICATE if duplicate else None
-            details[row] = f"the same bytes as {original}" if duplicate else None
-    return _with_verdicts(
-        rows, [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    )
+    reasons, details = rows.column(Column.REJECT_REASON), rows.column(Column.REJECT_DETAIL)
+    judged = pc.fill_null(pc.equal(reasons, str(Reject.DUPLICATE)), True).to_numpy()
+    places = np.flatnonzero(judged)
+    if not len(places):
+        return rows
+    found = rows.select([Column.ID, Column.PATH]).take(places)
+    order = pc.sort_indices(found, sort_keys=[(Column.ID, "ascending"), (Column.PATH, "ascending")]).to_numpy()
+    codes = found.column(Column.ID).combine_chunks().dictionary_encode("encode").indices.to_numpy()[order]
+    first = np.concatenate([[True], codes[1:] != codes[:-1]])
+    origin = np.arange(rows.num_rows)  # of each row, the row that is kept for it
+    origin[places[order]] = places[order][np.flatnonzero(first)[np.cumsum(first) - 1]]
+    duplicate = pa.array(origin != np.arange(rows.num_rows))
+    detail = _text("the same bytes as ", rows.column(Column.PATH).take(pa.array(origin)))
+    standing = pa.array(~judged)
+    reasons = pc.if_else(duplicate, str(Reject.DUPLICATE), _where(standing, reasons))
+    return _with_verdicts(rows, reasons, pc.if_else(duplicate, detail, _where(standing, details)))
 
 
-def _with_verdicts(table: pa.Table, rows: list[Row]) -> pa.Table:
-    for name in (Column.REJECT_REASON, Column.REJECT_DETAIL):
-        position = table.schema.get_field_index(name)
-        table = table.set_column(position, INDEX_SCHEMA.field(name), pa.array([row[name] for row in rows], pa.string()))
+def _caption_length(index: pa.Table) -> pa.ChunkedArray:
+    """Characters of each caption without the white space around it; 0 where there is none."""
+    return pc.fill_null(pc.utf8_length(pc.utf8_trim_whitespace(index.column(Column.CAPTION))), 0)
+
+
+def _sides(index: pa.Table) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Heights and widths in pixels; null where they are not known."""
+    size = index.column(Column.ORIGINAL_SIZE)
+    return pc.list_element(size, 0), pc.list_element(size, 1)
+
+
+def _text(*parts: pa.ChunkedArray | str) -> pa.ChunkedArray:
+    """Columns and words, row by row, as one column of text."""
+    words = [part if isinstance(part, str) else pc.cast(part, pa.string()) for part in parts]
+    return pc.binary_join_element_wise(*words, "")
+
+
+def _where(mask: pa.ChunkedArray | pa.Array, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column, null where the mask is false."""
+    return pc.if_else(mask, column, pa.scalar(None, pa.string()))
+
+
+def _with_verdicts(table: pa.Table, reasons: pa.ChunkedArray, details: pa.ChunkedArray) -> pa.Table:
+    for name, values in ((Column.REJECT_REASON, reasons), (Column.REJECT_DETAIL, details)):
+        table = table.set_column(table.schema.get_field_index(name), INDEX_SCHEMA.field(name), values)
     return table

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data import Dataset
@@ -17,7 +18,7 @@ from pipelines.config import CropConfig, SourceConfig, StageResources, TextWeigh
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
 from pipelines.preprocess.config import BucketConfig, EncodeConfig, FilterConfig
 from pipelines.preprocess.encode import Encoder, crop_images
-from pipelines.preprocess.filter import apply_filters, mark_duplicates
+from pipelines.preprocess.filter import decide
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.read import list_inputs
 from pipelines.preprocess.write import (
@@ -46,6 +47,16 @@ from pipelines.schema import (
 from pipelines.stages import actors, dataset_of, tasks
 from pipelines.storage import Storage
 
+JUDGED = [  # what verdicts follow from
+    Column.KEY,
+    Column.ID,
+    Column.PATH,
+    Column.CAPTION,
+    Column.ORIGINAL_SIZE,
+    Column.AESTHETIC_SCORE,
+    Column.REJECT_REASON,
+    Column.REJECT_DETAIL,
+]
 INDEX_COMPRESSION, LATENTS_COMPRESSION = "zstd", "lz4"
 
 
@@ -74,7 +85,11 @@ def build_index(
     """Bring the index up to date with its source: one row for every input, kept or with its reason."""
     dataset.remove_incomplete()
     table = bucket_table(buckets)
-    fingerprint = {"schema": SCHEMA_VERSION, "filters": asdict(filters), "buckets": [list(size) for size in table]}
+    fingerprint = {
+        "schema": SCHEMA_VERSION,
+        "max_pixels": filters.max_pixels,  # the one filter that decides what is measured
+        "buckets": [list(size) for size in table],
+    }
     folder = _folder(fingerprint)
     inputs = list_inputs(source, source_config)
     new = missing(inputs, stored(dataset, folder))
@@ -83,14 +98,14 @@ def build_index(
         stages = (
             dataset_of(units)
             .map_batches(partial(measure, source=source, filters=filters), **tasks(resources))
-            .map_batches(partial(apply_filters, config=filters), **tasks(resources))
             .map_batches(partial(assign_buckets, table=table), **tasks(resources))
             .map_batches(
                 partial(write_units, dataset=dataset, folder=folder, compression=INDEX_COMPRESSION), **tasks(resources)
             )
         )
         _run(stages, "index", new.num_rows)
-    return Outcome(manifest=_commit_index(dataset, folder, inputs, fingerprint), done=new.num_rows, failures={})
+    manifest = _commit_index(dataset, folder, inputs, fingerprint, filters)
+    return Outcome(manifest=manifest, done=new.num_rows, failures={})
 
 
 def build_latents(
@@ -173,34 +188,28 @@ def _run(stages: Dataset, label: str, rows: int) -> dict[str, str]:
     return failures
 
 
-def _commit_index(dataset: Storage, folder: str, inputs: pa.Table, fingerprint: Mapping[str, Any]) -> Manifest:
-    """Make exactly the current inputs the index, duplicates judged over all of them."""
+def _commit_index(
+    dataset: Storage, folder: str, inputs: pa.Table, fingerprint: Mapping[str, Any], filters: FilterConfig
+) -> Manifest:
+    """Make exactly the current inputs the index, every verdict decided over all of them."""
     have = stored(dataset, folder)
     wanted = set(inputs.column(Column.KEY).to_pylist())
-    columns = [Column.KEY, Column.ID, Column.PATH, Column.REJECT_REASON, Column.REJECT_DETAIL]
-    found = [dataset.read_table(file.name, columns) for file in have]
-    everything = pa.concat_tables(found) if found else INDEX_SCHEMA.empty_table().select(columns)
+    found = [dataset.read_table(file.name, JUDGED) for file in have]
+    everything = pa.concat_tables(found) if found else INDEX_SCHEMA.empty_table().select(JUDGED)
     everything = everything.filter(pc.is_in(everything.column(Column.KEY), value_set=inputs.column(Column.KEY)))
-    judged = mark_duplicates(_first_of_each_key(everything))
-    reasons = judged.column(Column.REJECT_REASON).to_pylist()
-    details = judged.column(Column.REJECT_DETAIL).to_pylist()
-    verdicts = dict(zip(judged.column(Column.KEY).to_pylist(), zip(reasons, details, strict=True), strict=True))
+    verdicts = decide(_first_of_each_key(everything), filters)
+    reasons = verdicts.column(Column.REJECT_REASON)
 
     def judge(rows: pa.Table) -> pa.Table | None:
-        old = list(
-            zip(*(rows.column(n).to_pylist() for n in (Column.REJECT_REASON, Column.REJECT_DETAIL)), strict=True)
-        )
-        new = [verdicts[key] for key in rows.column(Column.KEY).to_pylist()]
-        if old == new:
-            return None
-        for name, values in zip((Column.REJECT_REASON, Column.REJECT_DETAIL), zip(*new, strict=True), strict=True):
-            rows = rows.set_column(
-                rows.schema.get_field_index(name), INDEX_SCHEMA.field(name), pa.array(values, pa.string())
-            )
-        return rows
+        places = pc.index_in(rows.column(Column.KEY), value_set=verdicts.column(Column.KEY))
+        judged = rows
+        for name in (Column.REJECT_REASON, Column.REJECT_DETAIL):
+            new = verdicts.column(name).take(places)
+            judged = judged.set_column(rows.schema.get_field_index(name), INDEX_SCHEMA.field(name), new)
+        return None if judged.equals(rows) else judged
 
     files = select(dataset, have, wanted, judge, INDEX_COMPRESSION)
-    counts = Counter(reason or "kept" for reason in reasons)
+    counts = {row["values"] or "kept": row["counts"] for row in pc.value_counts(reasons).to_pylist()}
     return _commit(
         dataset,
         folder,
@@ -214,10 +223,9 @@ def _commit_index(dataset: Storage, folder: str, inputs: pa.Table, fingerprint: 
 
 
 def _first_of_each_key(rows: pa.Table) -> pa.Table:
-    first: dict[str, int] = {}
-    for row, key in enumerate(rows.column(Column.KEY).to_pylist()):
-        first.setdefault(key, row)
-    return rows.take(pa.array(first.values(), pa.int64()))
+    """Files may hold a key twice, when a run was killed between two plans; measured again, it is the same row."""
+    _, first = np.unique(rows.column(Column.KEY).to_numpy(), return_index=True)
+    return rows.take(pa.array(first, pa.int64()))
 
 
 def _commit_latents(

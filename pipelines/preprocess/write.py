@@ -134,11 +134,11 @@ def select(
     return files
 
 
-def _verdicts(table: pa.Table) -> list[str | None]:
+def _verdicts(table: pa.Table) -> list[list[str | None]]:
     """What `change` may have altered; part of the new file's name, because a name must mean one content."""
     if Column.REJECT_REASON not in table.column_names:
         return []
-    return table.column(Column.REJECT_DETAIL).to_pylist()
+    return [table.column(name).to_pylist() for name in (Column.REJECT_REASON, Column.REJECT_DETAIL)]
 
 
 def collect_garbage(dataset: Storage, folder: str, current: Iterable[DataFile]) -> int:

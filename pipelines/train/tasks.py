@@ -178,7 +178,7 @@ class VAETask:
         index = Storage(config.index, options)
         manifest = require_manifest(index, "index", pinned)
         source = Storage(config.source.path, options)
-        max_pixels = int(manifest.fingerprint["filters"]["max_pixels"])
+        max_pixels = int(manifest.fingerprint["max_pixels"])
         self.reader = ImageReader(index, manifest, source, config.crop, max_pixels)
         self._config, self._batch, self._device = config, batch, device
         self._vae = networks.vae(config.vae, options)

@@ -40,7 +40,7 @@ class Manifest:
     """As much of a manifest as a task reads."""
 
     facts: ClassVar = {"vae": {"scaling_factor": 0.5}}
-    fingerprint: ClassVar = {"filters": {"max_pixels": 1}}
+    fingerprint: ClassVar = {"max_pixels": 1}
 
 
 class Direct:

@@ -1,0 +1,135 @@
+"""Verdicts follow from measured facts and settings: a changed threshold decides again, and reads no pixel."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipelines.config import SourceConfig, StageResources
+from pipelines.preprocess.bucket import assign_buckets, bucket_table
+from pipelines.preprocess.config import BucketConfig, FilterConfig
+from pipelines.preprocess.filter import decide
+from pipelines.preprocess.measure import measure
+from pipelines.preprocess.pipeline import Outcome, build_index
+from pipelines.preprocess.read import list_inputs
+from pipelines.preprocess.write import cut, write_units
+from pipelines.schema import INDEX_SCHEMA, Column, data_files, kept_rows
+from pipelines.storage import Storage
+
+BUCKETS = BucketConfig(resolution=64, multiple=8)
+
+
+def fact(path: str, **known: Any) -> dict[str, Any]:
+    known = {"id": path, "caption": "words", "original_size": [10, 20], "aesthetic_score": 5.0} | known
+    return dict.fromkeys(INDEX_SCHEMA.names) | {"key": path, "path": path, "file_size": 1} | known
+
+
+def reasons(rows: list[dict[str, Any]], **filters: Any) -> dict[str, str | None]:
+    judged = decide(pa.Table.from_pylist(rows, INDEX_SCHEMA), FilterConfig(**filters))
+    assert judged.schema == INDEX_SCHEMA
+    return {row["path"]: row["reject_reason"] for row in judged.to_pylist()}
+
+
+@pytest.mark.parametrize(
+    ("known", "filters", "reason"),
+    [
+        ({}, {}, None),
+        ({"original_size": [1, 1]}, {}, None),  # nothing small is thrown away by default
+        ({"aesthetic_score": None}, {}, None),
+        ({"caption": " \u00a0 "}, {}, "no_caption"),
+        ({"caption": None}, {"min_caption_characters": 0}, None),
+        ({"caption": " \u00e4\u00e4\u00e4 "}, {"max_caption_characters": 3}, None),
+        ({"caption": "four"}, {"max_caption_characters": 3}, "long_caption"),
+        ({"original_size": [20, 9]}, {"min_side": 10}, "too_small"),
+        ({"original_size": [10, 20]}, {"min_side": 10, "max_aspect": 2.0}, None),
+        ({"original_size": [21, 10]}, {"max_aspect": 2.0}, "extreme_aspect"),
+        ({"aesthetic_score": 4.5}, {"min_aesthetic_score": 4.5}, None),
+        ({"aesthetic_score": 4.25}, {"min_aesthetic_score": 4.5}, "low_score"),
+        ({"aesthetic_score": 4.1}, {"min_aesthetic_score": 4.1}, None),  # compared as stored: float32
+        ({"aesthetic_score": None}, {"min_aesthetic_score": 4.5}, None),
+        ({"aesthetic_score": None}, {"require_aesthetic_score": True}, "no_score"),
+        ({"reject_reason": "unreadable", "original_size": None, "id": None}, {}, "unreadable"),
+        ({"reject_reason": "too_large", "original_size": [1, 9]}, {"max_aspect": 2.0}, "too_large"),
+        ({"reject_reason": "too_small", "reject_detail": "earlier"}, {}, None),
+    ],
+)
+def test_a_verdict_follows_from_facts_and_settings(known, filters, reason):
+    assert reasons([fact("a", **known)], **filters) == {"a": reason}
+
+
+def test_an_original_that_a_threshold_rejects_gives_its_place_to_the_next():
+    rows = [fact("a", id="x", caption=""), fact("b", id="x"), fact("c", id="x")]
+    assert reasons(rows) == {"a": "no_caption", "b": None, "c": "duplicate"}
+    assert reasons(rows, min_caption_characters=0) == {"a": None, "b": "duplicate", "c": "duplicate"}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_verdicts_depend_on_the_set_of_facts_alone(seed):
+    draws = random.Random(seed)
+    some = lambda n: fact(f"{n:02}", id=draws.choice("vwxyz"), original_size=[draws.randint(1, 9), 9])  # noqa: E731
+    rows = [some(number) for number in range(40)]
+    expected = reasons(rows, min_side=4)
+    draws.shuffle(rows)
+    strict = decide(pa.Table.from_pylist(rows, INDEX_SCHEMA), FilterConfig(min_side=8)).to_pylist()
+    assert reasons(strict, min_side=4) == expected
+
+
+@pytest.fixture
+def source(tmp_path) -> Storage:
+    """Seven pictures of sides 8 to 56, and one that is broken."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(1, 8):
+        Image.new("RGB", (8 * number, 8 * number), (number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("caption")
+    (folder / "broken.png").write_bytes(b"broken")
+    return Storage(str(folder))
+
+
+def index_of(source: Storage, dataset: Storage, monkeypatch: pytest.MonkeyPatch, **filters: Any) -> Outcome:
+    """build_index, where nothing is left to measure."""
+
+    def here(units: list[pa.Table]) -> Any:
+        raise AssertionError(f"{len(units)} units would be read")
+
+    monkeypatch.setattr("pipelines.preprocess.pipeline.dataset_of", here)
+    return build_index(
+        source_config=SourceConfig(path=source.uri),
+        filters=FilterConfig(**filters),
+        buckets=BUCKETS,
+        source=source,
+        dataset=dataset,
+        rows_per_file=3,
+        resources=StageResources(),
+    )
+
+
+def test_a_changed_threshold_reads_no_pixel_and_keeps_the_latents_keys(source, tmp_path, monkeypatch):
+    dataset = Storage(str(tmp_path / "index"))
+    inputs = list_inputs(source, SourceConfig(path=source.uri))
+    table = bucket_table(BUCKETS)
+    rows = assign_buckets(measure(inputs, source, FilterConfig()), table)
+    monkeypatch.setattr("pipelines.preprocess.pipeline._folder", lambda fingerprint: "data/x")
+    for unit in cut(rows, 3):
+        write_units(unit, dataset, "data/x", "zstd")
+    for path in Path(source.uri).glob("*.png"):  # from here on, whoever reads a pixel reads garbage
+        stat = path.stat()
+        path.write_bytes(bytes(stat.st_size))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    loose = index_of(source, dataset, monkeypatch).manifest
+    before = kept_rows(dataset, loose)
+    strict = index_of(source, dataset, monkeypatch, min_side=30).manifest
+    after = kept_rows(dataset, strict)
+    assert (loose.counts, strict.counts) == (
+        {"kept": 7, "unreadable": 1},
+        {"kept": 4, "too_small": 3, "unreadable": 1},
+    )
+    assert set(after.column(Column.KEY).to_pylist()) < set(before.column(Column.KEY).to_pylist())
+    assert index_of(source, dataset, monkeypatch).manifest.digest == loose.digest
+    assert sum(file.rows for file in data_files(dataset, strict)) == strict.rows == 8

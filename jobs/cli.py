@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from jobs.config import Job
+from pipelines.config import HIDDEN, without_secrets
 
 J = TypeVar("J", bound=Job)
 
@@ -24,6 +25,14 @@ PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 USAGE_ERROR, FAILURE = 2, 1  # exit codes: nothing was started; something failed on its way
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 PATHS = ("output", "index", "latents", "path", "file", "parquet", "trunk", "heads")  # settings that are paths
+SECRETS = (  # environment variables that no message tells
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "RAY_AUTH_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "HF_TOKEN",
+)
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a reported checkpoint is recorded, and a death noticed
     "TOKENIZERS_PARALLELISM": "false",
@@ -77,8 +86,11 @@ def main(
     except (ValueError, OSError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         if not os.path.abspath(frame.filename).startswith(PROJECT):
-            traceback.print_exc()  # not one of our own messages
+            print(_hidden(traceback.format_exc()), file=sys.stderr)  # not one of our own messages
         sys.exit(_complain(f"{error} ({os.path.relpath(frame.filename)}:{frame.lineno})", FAILURE))
+    except Exception as error:
+        print(_hidden(traceback.format_exc()), file=sys.stderr)
+        sys.exit(_complain(f"{type(error).__name__}: {error}", FAILURE))
     sys.exit(0)
 
 
@@ -103,8 +115,8 @@ def load(kind: type[J], path: str, overrides: Sequence[str]) -> J:
 
 
 def settings(job: Job) -> dict[str, Any]:
-    """The resolved configuration as JSON values."""
-    return job.model_dump(mode="json")
+    """The resolved configuration as JSON values, to be shown and kept: passwords in addresses are left out."""
+    return without_secrets(job.model_dump(mode="json"))
 
 
 def start_ray(job: Job) -> None:
@@ -220,5 +232,13 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {_hidden(message)}", file=sys.stderr)
     return code
+
+
+def _hidden(text: str) -> str:
+    """A message without passwords in addresses, and without the values of secret environment variables."""
+    for name in SECRETS:
+        if os.environ.get(name):
+            text = text.replace(os.environ[name], HIDDEN)
+    return str(without_secrets(text))

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from jobs import generate, preprocess, train_base, train_refiner, train_vae
-from jobs.cli import load, main, settings
+from jobs.cli import load, main
 from jobs.config import DemoJob, GenerateJob, Job, PreprocessJob, TrainBaseJob, TrainRefinerJob, TrainVAEJob
 from jobs.demo_images import render_images
 from pipelines.config import flat
@@ -122,7 +122,8 @@ def stage_jobs(job: DemoJob) -> Stages:
 
     def read(kind: type[Job], name: str, **paths: Path) -> Any:
         overrides = [f'{key}="{path}"' for key, path in paths.items()]
-        shared = flat({name: settings(job)[name] for name in ("storage", "tracking", "ray")})
+        given = job.model_dump(mode="json")  # with the passwords that settings() leaves out
+        shared = flat({name: given[name] for name in ("storage", "tracking", "ray")})
         shared["tracking.uri"] = job.tracking.uri or f"sqlite:///{root / LOCAL_DATABASE}"
         overrides += [f"{key}={json.dumps(value)}" for key, value in shared.items() if value is not None]
         return load(kind, str(CONFIGS / job.preset / f"{name}.toml"), overrides)

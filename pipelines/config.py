@@ -5,6 +5,7 @@ What one alone is told lies beside it: preprocess/config.py, train/config.py, ev
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -164,3 +165,16 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             result[f"{prefix}{key}"] = value
     return result
+
+
+USER_INFO = re.compile(r"(?<=://)[^/@\s?#]+@")  # user:password@ of an address
+HIDDEN = "***"
+
+
+def without_secrets(value: Any) -> Any:
+    """A JSON value, or a text, in which no address tells its user and password any more."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
+    return USER_INFO.sub(f"{HIDDEN}@", value) if isinstance(value, str) else value

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.config import EXPERIMENTS, TrackingConfig, flat
+from pipelines.config import EXPERIMENTS, TrackingConfig, flat, without_secrets
 from pipelines.schema import Manifest
 
 CLOCK = "images_seen"  # the metric that says how far a curve goes
@@ -60,6 +60,7 @@ def open_run(
     """
     from mlflow.entities import Param
 
+    config = without_secrets(config)
     client = _client(uri)
     if run_id is not None:
         client.update_run(run_id, status="RUNNING")

@@ -14,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from model.config import Conditioning
 from pipelines import networks
 from pipelines.checkpoints import CHECKPOINTS, RUN
-from pipelines.config import TrackingConfig, flat
+from pipelines.config import TrackingConfig, flat, without_secrets
 from pipelines.progress import progress
 from pipelines.schema import Manifest, require_manifest
 from pipelines.sources import WEIGHTS_FILE
@@ -91,11 +91,11 @@ def train(
         name=tracking.run_name or stage,
         config=settings,
         inputs=[Lineage(name=kind, uri=dataset.uri, manifest=manifest)],
-        run_id=before["run_id"] if before and before["tracking_uri"] == uri else None,
+        run_id=before["run_id"] if before and before["tracking_uri"] == without_secrets(uri) else None,
     )
     run: dict[str, Any] = {
         "stage": stage,
-        "tracking_uri": uri,
+        "tracking_uri": without_secrets(uri),
         "run_id": run_id,
         "pinned": manifest.digest,
         "settings": settings,

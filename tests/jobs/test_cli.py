@@ -14,6 +14,7 @@ from PIL import Image
 from jobs import generate, preprocess
 from jobs.cli import FAILURE, USAGE_ERROR, WORKER_ENVIRONMENT, main
 from jobs.config import GenerateJob, PreprocessJob
+from pipelines.tracking import open_run
 
 ROOT = Path(__file__).parents[2]
 PREPROCESS = """
@@ -123,3 +124,38 @@ def test_a_job_that_is_told_to_end_ends_as_by_control_c(folder):
 
     with pytest.raises(KeyboardInterrupt):
         main(PreprocessJob, preprocess.run, told, ["job.toml", "--dry-run"])
+
+
+def test_no_password_is_printed_or_kept(folder, monkeypatch, capsys):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-key")
+    endpoint = "storage.s3_endpoint=http://someone:planted-word@127.0.0.1:1"
+    tracking = f"tracking.uri=http://someone:planted-word@{folder}"
+    assert ended("job.toml", endpoint, tracking, "--dry-run") == 0
+    printed = capsys.readouterr()
+    assert '"http://***@127.0.0.1:1"' in printed.out
+    for reason in (ValueError, OSError, RuntimeError):  # each is told in another way
+        message = "http://someone:planted-word@host refused planted-key"
+
+        def fail(_, reason=reason, message=message):
+            raise reason(message)
+
+        with pytest.raises(SystemExit) as ending:
+            main(PreprocessJob, fail, fail, ["job.toml", "--dry-run"])
+        assert ending.value.code == FAILURE
+        printed = capsys.readouterr()
+        assert "http://***@host refused ***" in printed.err
+        assert "planted" not in printed.out + printed.err
+    assert ended("job.toml", "storage.s3_endpoit=http://someone:planted-word@host") == USAGE_ERROR
+    assert "planted" not in "".join(capsys.readouterr())
+
+
+def test_no_password_is_told_to_mlflow(folder):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{folder}/mlflow.db"
+    config = {"storage": {"s3_endpoint": "http://someone:planted-word@host"}}
+    run_id = open_run(uri, stage="index", name="index", config=config, inputs=[])
+    client = MlflowClient(tracking_uri=uri)
+    assert client.get_run(run_id).data.params == {"storage.s3_endpoint": "http://***@host"}
+    kept = client.download_artifacts(run_id, "config.json", str(folder))
+    assert "planted" not in Path(kept).read_text()

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from pipelines.storage import Storage
 
-SCHEMA_VERSION = 1  # raised when a column changes its meaning; part of every fingerprint
+SCHEMA_VERSION = 2  # raised when a column changes its meaning; part of every fingerprint
 MANIFEST = "manifest.json"
 
 
@@ -121,10 +121,14 @@ def tensor_column(array: np.ndarray) -> pa.Array:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(rows), [None, pa.py_buffer(rows)])
 
 
+def tensor_shape(schema: pa.Schema, name: Column) -> tuple[int, ...]:
+    """The shape of one row of a tensor column."""
+    return tuple(int(side) for side in schema.field(name).metadata[b"shape"].decode().split(","))
+
+
 def tensor_array(table: pa.Table, name: Column) -> np.ndarray:
     """A tensor column of a table as float16 [N, ...]; a view where the column is one chunk."""
-    metadata = table.schema.field(name).metadata
-    shape = [int(side) for side in metadata[b"shape"].decode().split(",")]
+    shape = tensor_shape(table.schema, name)
     column = table.column(name)
     chunk = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
     buffer = chunk.buffers()[1]

@@ -47,6 +47,28 @@ class FileStat:
     modified_us: int
 
 
+class RangeReader:
+    """One stored file, read at any place, by several threads at a time; closed when nobody refers to it any more."""
+
+    def __init__(self, file: io.FileIO | pa.NativeFile, name: str) -> None:
+        self.file, self.name = file, name
+        self._descriptor = file.fileno() if isinstance(file, io.FileIO) else None
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Fill `target`, bytes, from `offset` on. Raises OSError where the file ends before."""
+        done = 0
+        while done < len(target):
+            if self._descriptor is not None:
+                count = os.preadv(self._descriptor, [target[done:]], offset + done)
+            else:
+                data = self.file.read_at(len(target) - done, offset + done)  # type: ignore[union-attr]  # of pyarrow
+                count = len(data)
+                target[done : done + count] = data
+            if count == 0:
+                raise OSError(f"{self.name} ends before byte {offset + len(target)}")
+            done += count
+
+
 @dataclass(frozen=True)
 class Storage:
     """The folder at `uri`: a local path or s3://bucket/prefix. Names are relative to it, with forward slashes."""
@@ -124,6 +146,11 @@ class Storage:
         """The bytes of `name`. Raises FileNotFoundError if there is none."""
         with self.filesystem.open_input_stream(self.path(name)) as stream:
             return stream.read()
+
+    def open(self, name: str) -> RangeReader:
+        """The file `name`, for reading parts of it."""
+        path = self.path(name)
+        return RangeReader(io.FileIO(path) if self.is_local else self.filesystem.open_input_file(path), name)
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write `name` whole, replacing what is there."""

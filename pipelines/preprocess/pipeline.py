@@ -57,7 +57,7 @@ JUDGED = [  # what verdicts follow from
     Column.REJECT_REASON,
     Column.REJECT_DETAIL,
 ]
-INDEX_COMPRESSION, LATENTS_COMPRESSION = "zstd", "lz4"
+INDEX_COMPRESSION, LATENTS_COMPRESSION = "zstd", "none"  # loaders read single rows of latents in place
 
 
 @dataclass(frozen=True, kw_only=True)

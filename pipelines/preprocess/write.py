@@ -20,6 +20,7 @@ from pipelines.storage import Storage
 
 UNIT, UNIT_ROWS = "unit", "unit_rows"  # columns that travel with rows until they are written
 FAILURE = "failure"  # column of rows on their way: why a row could not be made, or null
+PAGE_BYTES = 2**30  # more than any column holds
 KEY_READERS = 16  # files whose keys are read at a time
 
 
@@ -74,9 +75,14 @@ REPORT_SCHEMA = pa.schema(
 
 
 def write_rows(rows: pa.Table, dataset: Storage, name: str, compression: str | None) -> None:
-    """Write one data file. Tensor bytes do not compress by value, so they get no dictionary and no statistics."""
+    """Write one data file. Tensor bytes do not compress by value, so they get no dictionary and no statistics.
+
+    A column is one page, so that where it is not compressed its values lie side by side (pipelines/latents.py).
+    """
     text = [field.name for field in rows.schema if not pa.types.is_fixed_size_binary(field.type)]
-    dataset.write_table(name, rows, compression=compression, use_dictionary=False, write_statistics=text)
+    dataset.write_table(
+        name, rows, compression=compression, use_dictionary=False, write_statistics=text, data_page_size=PAGE_BYTES
+    )
 
 
 def stored(dataset: Storage, folder: str) -> list[Stored]:

@@ -12,19 +12,20 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from model.config import Conditioning
 from pipelines.config import CropConfig, Size
 from pipelines.images import content_id, crop_pixels, decode, draw_crop
-from pipelines.schema import Column, DataFile, Manifest, data_files, kept_rows, pair_array, tensor_array
+from pipelines.latents import LatentFile
+from pipelines.schema import Column, DataFile, Manifest, data_files, kept_rows
 from pipelines.storage import Storage
 from pipelines.train.plan import Plan
 
 PREFETCHED_STEPS = 2
-CACHED_BYTES = 2 * 2**30  # latents files kept by each worker
+OPEN_FILES = 256  # latents files that each worker holds open
+LOCAL_READERS, REMOTE_READERS = 2, 32  # parts of latents files read at a time
 DECODE_THREADS = 4
 
 
@@ -36,7 +37,7 @@ class LatentBatch:
     """Number of its first image in the run, over all workers."""
     bucket: Size
     """(height, width) in pixels."""
-    mean: Tensor  # [B,4,h,w] unscaled, fp32
+    mean: Tensor  # [B,4,h,w] unscaled, fp16 as stored
     std: Tensor  # [B,4,h,w]
     context: Tensor  # [B,77,D]
     pooled: Tensor  # [B,P]
@@ -128,57 +129,57 @@ def _put(target: queue.Queue, item: object, stopped: threading.Event) -> None:
 
 
 class LatentReader:
-    """Reads latents rows; the files read last are kept in memory."""
+    """Reads latents rows: of each file only the rows that are asked for, straight into the batch."""
 
-    def __init__(self, dataset: Storage, manifest: Manifest) -> None:
+    def __init__(self, dataset: Storage, manifest: Manifest, pin: bool = False) -> None:
+        """`pin` puts tensors where a GPU fetches them without waiting for the CPU."""
         self.files = data_files(dataset, manifest)
-        self._dataset = dataset
-        self._cache: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
-        self._cached_bytes = 0
+        self._dataset, self._pin = dataset, pin
+        self._open: OrderedDict[int, LatentFile] = OrderedDict()
         self._lock = threading.Lock()  # sample grids read beside the read-ahead thread
+        self._pool = ThreadPoolExecutor(LOCAL_READERS if dataset.is_local else REMOTE_READERS)
 
     def read(self, rows: np.ndarray, bucket: Size, first: int) -> LatentBatch:
-        """Rows [B, 2], sorted by file, as tensors in fp32."""
-        parts: dict[str, list[np.ndarray]] = {}
-        for number in np.unique(rows[:, 0]):
-            with self._lock:
-                columns = self._file(int(number))
-            chosen = rows[rows[:, 0] == number, 1]
-            for name, array in columns.items():
-                parts.setdefault(name, []).append(array[chosen])
-        whole = {name: torch.from_numpy(np.concatenate(arrays)).float() for name, arrays in parts.items()}
+        """Rows [B, 2] as tensors in fp16."""
+        opened = dict(zip(numbers := np.unique(rows[:, 0]), self._pool.map(self._file, numbers), strict=True))
+        shapes = opened[numbers[0]].shapes
+        tensors = {
+            name: torch.empty((len(rows), *shape), dtype=torch.float16, pin_memory=self._pin)
+            for name, shape in shapes.items()
+        }
+
+        def read(name: Column, place: int) -> None:
+            file, row = rows[place].tolist()
+            opened[file].read_into(name, row, tensors[name][place].numpy())
+
+        wanted = [(name, place) for name in tensors for place in range(len(rows))]
+        list(self._pool.map(read, *zip(*wanted, strict=True)))
+        conditions = {
+            name: torch.from_numpy(np.stack([opened[file].conditions[Column(name)][row] for file, row in rows])).float()
+            for name in Conditioning
+        }
         return LatentBatch(
             first=first,
             bucket=bucket,
-            mean=whole[Column.LATENT_MEAN],
-            std=whole[Column.LATENT_STD],
-            context=whole[Column.CONTEXT],
-            pooled=whole[Column.POOLED],
-            conditions={name: whole[name] for name in Conditioning},
+            mean=tensors[Column.LATENT_MEAN],
+            std=tensors[Column.LATENT_STD],
+            context=tensors[Column.CONTEXT],
+            pooled=tensors[Column.POOLED],
+            conditions=conditions,
         )
 
-    def _file(self, number: int) -> dict[str, np.ndarray]:
-        if number in self._cache:
-            self._cache.move_to_end(number)
-            return self._cache[number]
-        columns = _columns(self._dataset.read_table(self.files[number].name))
-        self._cache[number] = columns
-        self._cached_bytes += sum(array.nbytes for array in columns.values())
-        while self._cached_bytes > CACHED_BYTES and len(self._cache) > 1:
-            _, dropped = self._cache.popitem(last=False)
-            self._cached_bytes -= sum(array.nbytes for array in dropped.values())
-        return columns
-
-
-def _columns(table: pa.Table) -> dict[str, np.ndarray]:
-    tensors = (Column.LATENT_MEAN, Column.LATENT_STD, Column.CONTEXT, Column.POOLED)
-    pairs = (Column.ORIGINAL_SIZE, Column.CROP_TOP_LEFT, Column.TARGET_SIZE)
-    score = table.column(Column.AESTHETIC_SCORE).to_numpy()  # NaN where the source has none
-    return {
-        **{name: tensor_array(table, name) for name in tensors},
-        **{name: pair_array(table, name) for name in pairs},
-        Column.AESTHETIC_SCORE: score.astype(np.float32)[:, None],
-    }
+    def _file(self, number: int) -> LatentFile:
+        number = int(number)
+        with self._lock:
+            if number in self._open:
+                self._open.move_to_end(number)
+                return self._open[number]
+        file = LatentFile(self._dataset, self.files[number].name)  # two threads may open one at a time: no harm
+        with self._lock:
+            self._open[number] = file
+            while len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        return file
 
 
 class ImageReader:

@@ -89,7 +89,7 @@ class DenoiserTask:
         """`pinned` is the digest of the latents' manifest."""
         dataset = Storage(config.latents, options)
         manifest = require_manifest(dataset, "latents", pinned)
-        self.reader = LatentReader(dataset, manifest)
+        self.reader = LatentReader(dataset, manifest, device.type == "cuda")
         self._config, self._batch, self._options, self._device = config, batch, options, device
         self._scaling_factor = float(manifest.facts["vae"]["scaling_factor"])
         self._clip_l_width = networks.text_config(config.text).clip_l.width
@@ -264,12 +264,16 @@ def mean_over_workers(value: Tensor) -> Tensor:
 
 
 def to_device(batch: LatentBatch, device: torch.device) -> LatentBatch:
-    """The batch on a device."""
+    """The batch on a device, in fp32; it travels as fp16."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True).float()
+
     return replace(
         batch,
-        mean=batch.mean.to(device),
-        std=batch.std.to(device),
-        context=batch.context.to(device),
-        pooled=batch.pooled.to(device),
-        conditions={name: value.to(device) for name, value in batch.conditions.items()},
+        mean=moved(batch.mean),
+        std=moved(batch.std),
+        context=moved(batch.context),
+        pooled=moved(batch.pooled),
+        conditions={name: moved(value) for name, value in batch.conditions.items()},
     )

@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -13,8 +14,16 @@ from model.config import Conditioning
 from pipelines.config import CropConfig
 from pipelines.images import content_id, crop_pixels, draw_crop
 from pipelines.preprocess.write import write_rows
-from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, DataFile, latents_schema, tensor_column, write_manifest
-from pipelines.storage import Storage
+from pipelines.schema import (
+    INDEX_SCHEMA,
+    SCHEMA_VERSION,
+    DataFile,
+    latents_schema,
+    require_manifest,
+    tensor_column,
+    write_manifest,
+)
+from pipelines.storage import RangeReader, Storage, StorageOptions
 from pipelines.train import batches
 from pipelines.train.batches import ImageReader, LatentReader, Slices
 from pipelines.train.config import BatchConfig
@@ -63,7 +72,7 @@ def latents(dataset: Storage):
                 else pa.array([row[field.name] for row in rows], field.type)
                 for field in schema
             ]
-            write_rows(pa.Table.from_arrays(columns, schema=schema), dataset, name, "lz4")
+            write_rows(pa.Table.from_arrays(columns, schema=schema), dataset, name, "none")
             listed.append(DataFile(name=name, rows=count, bucket=bucket))
             firsts[name] = number
             number += count
@@ -99,7 +108,7 @@ def test_a_batch_holds_exactly_the_rows_that_were_asked_for(dataset):
         ("pooled", batch.pooled),
         *((name.value, batch.conditions[name]) for name in Conditioning if name != Conditioning.AESTHETIC_SCORE),
     ):
-        assert tensor.dtype == torch.float32
+        assert tensor.dtype == (torch.float32 if name in batch.conditions else torch.float16)
         assert np.array_equal(tensor.numpy(), np.stack([row[name] for row in expected]))
 
 
@@ -121,13 +130,62 @@ def test_rows_in_the_order_of_the_plan_keep_it(dataset):
         assert numbers(batch) == [firsts[reader.files[file].name] + row for file, row in planned.rows]
 
 
-def test_files_that_leave_memory_are_read_again(dataset, monkeypatch):
+def test_files_that_were_closed_are_opened_again(dataset, monkeypatch):
     manifest, _ = latents(dataset)
     plenty, scarce = LatentReader(dataset, manifest), LatentReader(dataset, manifest)
     plan = Plan(plenty.files, BatchConfig(global_size=3, micro_size=3))
     expected = [numbers(plenty.read(plan.step(n).rows, plan.step(n).bucket, 0)) for n in range(12)]
-    monkeypatch.setattr(batches, "CACHED_BYTES", 1)
+    monkeypatch.setattr(batches, "OPEN_FILES", 1)
     assert [numbers(scarce.read(plan.step(n).rows, plan.step(n).bucket, 0)) for n in range(12)] == expected
+
+
+def test_only_the_tensors_of_the_rows_that_are_asked_for_are_read(reader, monkeypatch):
+    """So workers that share a file do not each read all of it."""
+    sizes = []
+    read_into = RangeReader.read_into
+    monkeypatch.setattr(
+        RangeReader, "read_into", lambda self, to, offset: (sizes.append(len(to)), read_into(self, to, offset))
+    )
+    reader.read(np.array([[0, 0]]), reader.files[0].bucket, 0)  # opens the file, and looks at its page headers
+    sizes.clear()
+    batch = reader.read(np.array([[0, 1], [0, 3]]), reader.files[0].bucket, 0)
+    assert sorted(sizes) == sorted(
+        tensor[0].nbytes for tensor in (batch.mean, batch.std, batch.context, batch.pooled) for _ in range(2)
+    )
+
+
+def test_latents_on_s3_are_the_same(reader, dataset, s3):
+    options = StorageOptions(s3_endpoint=s3.endpoint)
+    remote = Storage(f"s3://{s3.bucket}/loader", options)
+    for file in dataset.list():
+        remote.write(file.name, dataset.read(file.name))
+    there = LatentReader(remote, require_manifest(remote, "latents"))
+    plan = Plan(reader.files, BatchConfig(global_size=3, micro_size=3))
+    for number in range(6):
+        planned = plan.step(number)
+        one, other = (each.read(planned.rows, planned.bucket, 0) for each in (reader, there))
+        assert all(
+            torch.equal(getattr(one, name), getattr(other, name)) for name in ("mean", "std", "context", "pooled")
+        )
+
+
+@pytest.mark.parametrize("change", ["compressed", "several pages", "several row groups", "cut short"])
+def test_a_file_of_another_layout_is_refused_or_ends_in_an_error(dataset, reader, change):
+    name = reader.files[0].name
+    table = dataset.read_table(name)
+    if change == "cut short":
+        dataset.write(name, dataset.read(name)[:-4])
+    else:
+        settings = {
+            "compressed": {"compression": "lz4"},
+            "several pages": {"compression": "none", "data_page_size": 1, "write_batch_size": 1},
+            "several row groups": {"compression": "none", "row_group_size": 2},
+        }[change]
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, use_dictionary=False, write_statistics=False, **settings)
+        dataset.write(name, buffer.getvalue())
+    with pytest.raises(ValueError, match="make the latents anew" if change != "cut short" else "Parquet"):
+        LatentReader(dataset, require_manifest(dataset, "latents")).read(np.array([[0, 0]]), reader.files[0].bucket, 0)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -163,7 +163,8 @@ def test_an_image_that_overflows_in_float16_is_named_with_the_remedy_and_the_oth
     reason = "not finite in float16; set encode.dtype to bfloat16 or float32"
     assert latents.column(FAILURE).to_pylist() == [None, reason, None]
     for row in (0, 2):
-        assert np.array_equal(tensor_array(latents, "latent_mean")[row], tensor_array(whole, "latent_mean")[row])
-        assert np.array_equal(tensor_array(latents, "latent_std")[row], tensor_array(whole, "latent_std")[row])
+        for name in ("latent_mean", "latent_std"):  # a pass of another size rounds differently on some processors
+            one, other = (tensor_array(table, name)[row].astype(np.float32) for table in (latents, whole))
+            np.testing.assert_allclose(one, other, rtol=0.01, atol=0.01)
     (report,) = write_units(latents, Storage(str(tmp_path / "dataset")), "data/x", "lz4").to_pylist()
     assert [(failure["path"], failure[FAILURE]) for failure in report["failures"]] == [("1.png", reason)]

@@ -7,6 +7,7 @@ import time
 from jobs.cli import JobError, main, settings
 from jobs.config import PreprocessJob
 from pipelines.preprocess.bucket import bucket_table
+from pipelines.preprocess.lease import Lease, lease
 from pipelines.schema import Manifest, read_manifest, require_manifest
 from pipelines.storage import Storage
 from pipelines.tracking import Lineage, closing, log_json, log_numbers, open_run, tracking_uri
@@ -21,6 +22,14 @@ def run(job: PreprocessJob) -> None:
 
 
 def run_stage(job: PreprocessJob, stage: str) -> None:
+    """Run one stage on its dataset, which no other process may write meanwhile."""
+    folder = job.index if stage == "index" else job.latents
+    assert folder is not None
+    with lease(Storage(folder, job.storage)) as held:
+        _run_stage(job, stage, held)
+
+
+def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> None:
     """Run one stage under its MLflow run, and print what it did."""
     from pipelines.preprocess.pipeline import Outcome, build_index, build_latents
 
@@ -39,12 +48,11 @@ def run_stage(job: PreprocessJob, stage: str) -> None:
                 filters=job.filters,
                 buckets=job.buckets,
                 source=source,
-                dataset=index,
+                held=held,
                 rows_per_file=job.index_rows_per_file,
                 resources=job.tasks,
             )
         else:
-            assert job.latents is not None
             outcome = build_latents(
                 vae=job.vae,
                 text=job.text,
@@ -53,7 +61,7 @@ def run_stage(job: PreprocessJob, stage: str) -> None:
                 max_pixels=job.filters.max_pixels,
                 source=source,
                 index=index,
-                dataset=Storage(job.latents, job.storage),
+                held=held,
                 resources=job.tasks,
             )
         seconds = time.perf_counter() - begun

@@ -6,6 +6,7 @@ A dataset is a folder:
     manifests/<digest>.json     every manifest there has been: a training run pins the one that it started from
     files/<digest>.parquet      the manifest's list of data files
     data/<fingerprint>/...      Parquet files of rows; one that no manifest names is not part of the dataset
+    lease/...                   who writes it now
 
 Nothing inside is absolute, so a copied folder is the same dataset.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -190,8 +191,13 @@ class Manifest:
     """The manifest's identity: the digest of its document, as it was written, in which this field is not."""
 
 
-def write_manifest(dataset: Storage, files: Sequence[DataFile], **content: Any) -> Manifest:
-    """Commit `files` as the dataset: the list first, then the history, and manifest.json last."""
+def write_manifest(
+    dataset: Storage, files: Sequence[DataFile], check: Callable[[], None] | None = None, **content: Any
+) -> Manifest:
+    """Commit `files` as the dataset: the list first, then the history, and manifest.json last.
+
+    `check` may still refuse, once the history names the files, so that no garbage collector takes them.
+    """
     ordered = sorted(files, key=lambda file: file.name)
     listing = pa.table(
         {
@@ -206,6 +212,8 @@ def write_manifest(dataset: Storage, files: Sequence[DataFile], **content: Any) 
     del document["digest"]
     identity = digest(document)
     dataset.write_json(f"manifests/{identity}.json", document)
+    if check is not None:
+        check()
     dataset.write_json(MANIFEST, document)
     return Manifest(**document, digest=identity)
 

@@ -19,6 +19,7 @@ from pipelines.preprocess.bucket import assign_buckets, bucket_table
 from pipelines.preprocess.config import BucketConfig, EncodeConfig, FilterConfig
 from pipelines.preprocess.encode import Encoder, crop_images
 from pipelines.preprocess.filter import decide
+from pipelines.preprocess.lease import Lease
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.read import list_inputs
 from pipelines.preprocess.write import (
@@ -78,11 +79,12 @@ def build_index(
     filters: FilterConfig,
     buckets: BucketConfig,
     source: Storage,
-    dataset: Storage,
+    held: Lease,
     rows_per_file: int,
     resources: StageResources,
 ) -> Outcome:
     """Bring the index up to date with its source: one row for every input, kept or with its reason."""
+    dataset = held.dataset
     dataset.remove_incomplete()
     table = bucket_table(buckets)
     fingerprint = {
@@ -104,7 +106,7 @@ def build_index(
             )
         )
         _run(stages, "index", new.num_rows)
-    manifest = _commit_index(dataset, folder, inputs, fingerprint, filters)
+    manifest = _commit_index(held, folder, inputs, fingerprint, filters)
     return Outcome(manifest=manifest, done=new.num_rows, failures={})
 
 
@@ -117,10 +119,11 @@ def build_latents(
     max_pixels: int,
     source: Storage,
     index: Storage,
-    dataset: Storage,
+    held: Lease,
     resources: StageResources,
 ) -> Outcome:
     """Bring the latents up to date with the index: one row for every kept image, by bucket."""
+    dataset = held.dataset
     dataset.remove_incomplete()
     index_manifest = require_manifest(index, "index")
     made_by = networks.fingerprint(vae, text, dataset.options) | {
@@ -151,7 +154,7 @@ def build_latents(
         "without_aesthetic_score": kept.column(Column.AESTHETIC_SCORE).null_count,
     }
     manifest = _commit_latents(
-        dataset=dataset,
+        held=held,
         folder=folder,
         kept=kept,
         made_by=made_by,
@@ -189,9 +192,10 @@ def _run(stages: Dataset, label: str, rows: int) -> dict[str, str]:
 
 
 def _commit_index(
-    dataset: Storage, folder: str, inputs: pa.Table, fingerprint: Mapping[str, Any], filters: FilterConfig
+    held: Lease, folder: str, inputs: pa.Table, fingerprint: Mapping[str, Any], filters: FilterConfig
 ) -> Manifest:
     """Make exactly the current inputs the index, every verdict decided over all of them."""
+    dataset = held.dataset
     have = stored(dataset, folder)
     wanted = set(inputs.column(Column.KEY).to_pylist())
     found = [dataset.read_table(file.name, JUDGED) for file in have]
@@ -211,7 +215,7 @@ def _commit_index(
     files = select(dataset, have, wanted, judge, INDEX_COMPRESSION)
     counts = {row["values"] or "kept": row["counts"] for row in pc.value_counts(reasons).to_pylist()}
     return _commit(
-        dataset,
+        held,
         folder,
         [DataFile(name=name, rows=rows) for name, rows in files],
         expected=len(wanted),
@@ -230,7 +234,7 @@ def _first_of_each_key(rows: pa.Table) -> pa.Table:
 
 def _commit_latents(
     *,
-    dataset: Storage,
+    held: Lease,
     folder: str,
     kept: pa.Table,
     made_by: Mapping[str, Any],
@@ -239,6 +243,7 @@ def _commit_latents(
     failures: Mapping[str, str],
 ) -> Manifest:
     """Make exactly the kept rows the dataset, less those that failed."""
+    dataset = held.dataset
     wanted = set(kept.column(Column.KEY).to_pylist())
     selected = select(dataset, stored(dataset, folder), wanted, None, LATENTS_COMPRESSION)
     files = [DataFile(name=name, rows=rows, bucket=_bucket_of(name)) for name, rows in selected]
@@ -246,7 +251,7 @@ def _commit_latents(
     for file in files:
         counts[_folder_of(file.name)] += file.rows
     return _commit(
-        dataset,
+        held,
         folder,
         files,
         expected=len(wanted) - len(failures),
@@ -268,14 +273,22 @@ def _bucket_of(name: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _commit(dataset: Storage, folder: str, files: Sequence[DataFile], expected: int, **content: Any) -> Manifest:
+def _commit(held: Lease, folder: str, files: Sequence[DataFile], expected: int, **content: Any) -> Manifest:
+    dataset = held.dataset
     rows = sum(file.rows for file in files)
     if rows != expected:
         raise RuntimeError(
             f"{dataset.uri}: {expected} rows are wanted and the files hold {rows}; nothing was committed"
         )
     before = read_manifest(dataset, content["kind"]) if dataset.exists(MANIFEST) else None
-    manifest = write_manifest(dataset, files, **content)
+
+    def check() -> None:
+        held.check()
+        gone = {file.name for file in files} - {file.name for file in dataset.list(folder)}
+        if gone:
+            raise OSError(f"{dataset.uri}: {len(gone)} files went while they were committed, as {min(gone)}: run again")
+
+    manifest = write_manifest(dataset, files, check, **content)
     if before is None or before.digest != manifest.digest:
         collect_garbage(dataset, folder, files)
     return manifest

@@ -15,6 +15,7 @@ from pipelines.config import SourceConfig, StageResources
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
 from pipelines.preprocess.config import BucketConfig, FilterConfig
 from pipelines.preprocess.filter import decide
+from pipelines.preprocess.lease import Lease, LeaseLostError, lease
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.pipeline import Outcome, build_index
 from pipelines.preprocess.read import list_inputs
@@ -99,15 +100,16 @@ def index_of(source: Storage, dataset: Storage, monkeypatch: pytest.MonkeyPatch,
         raise AssertionError(f"{len(units)} units would be read")
 
     monkeypatch.setattr("pipelines.preprocess.pipeline.dataset_of", here)
-    return build_index(
-        source_config=SourceConfig(path=source.uri),
-        filters=FilterConfig(**filters),
-        buckets=BUCKETS,
-        source=source,
-        dataset=dataset,
-        rows_per_file=3,
-        resources=StageResources(),
-    )
+    with lease(dataset) as held:
+        return build_index(
+            source_config=SourceConfig(path=source.uri),
+            filters=FilterConfig(**filters),
+            buckets=BUCKETS,
+            source=source,
+            held=held,
+            rows_per_file=3,
+            resources=StageResources(),
+        )
 
 
 def test_a_changed_threshold_reads_no_pixel_and_keeps_the_latents_keys(source, tmp_path, monkeypatch):
@@ -133,3 +135,19 @@ def test_a_changed_threshold_reads_no_pixel_and_keeps_the_latents_keys(source, t
     assert set(after.column(Column.KEY).to_pylist()) < set(before.column(Column.KEY).to_pylist())
     assert index_of(source, dataset, monkeypatch).manifest.digest == loose.digest
     assert sum(file.rows for file in data_files(dataset, strict)) == strict.rows == 8
+
+
+def test_a_writer_that_was_replaced_commits_nothing(source, tmp_path, monkeypatch):
+    dataset = Storage(str(tmp_path / "index"))
+    monkeypatch.setattr("pipelines.preprocess.pipeline._folder", lambda fingerprint: "data/x")
+    rows = measure(list_inputs(source, SourceConfig(path=source.uri)), source, FilterConfig())
+    for unit in cut(assign_buckets(rows, bucket_table(BUCKETS)), 3):
+        write_units(unit, dataset, "data/x", "zstd")
+    index_of(source, dataset, monkeypatch)
+    before = dataset.read("manifest.json")
+    replaced = lambda held: dataset.write(f"lease/{held.claim.owner}.broken", b"")  # noqa: E731
+    real = Lease.check
+    monkeypatch.setattr(Lease, "check", lambda held: [replaced(held), real(held)])
+    with pytest.raises(LeaseLostError, match="nothing was committed"):
+        index_of(source, dataset, monkeypatch, min_side=30)
+    assert dataset.read("manifest.json") == before

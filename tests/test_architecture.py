@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ("model", "pipelines", "jobs")
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "jobs/configs").rglob("*.toml"))
-JOBS = {
-    "preprocess.toml": PreprocessJob,
-    "train_vae.toml": TrainVAEJob,
-    "train_base.toml": TrainBaseJob,
-    "train_refiner.toml": TrainRefinerJob,
-    "generate.toml": GenerateJob,
-    "export.toml": ExportJob,
-    "demo.toml": DemoJob,
+JOBS = {  # by the beginning of the file's name
+    "preprocess": PreprocessJob,
+    "train_vae": TrainVAEJob,
+    "train_base": TrainBaseJob,
+    "train_refiner": TrainRefinerJob,
+    "generate": GenerateJob,
+    "export": ExportJob,
+    "demo": DemoJob,
 }
 
 
@@ -140,6 +140,5 @@ def test_configs_are_shipped():
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_shipped_config_is_a_job(config):
-    name = Path(config).name
-    assert name in JOBS, f"{config}: add its job to JOBS"
-    load(JOBS[name], str(ROOT / config), [])
+    (job,) = [job for beginning, job in JOBS.items() if Path(config).name.startswith(beginning)]
+    load(job, str(ROOT / config), [])

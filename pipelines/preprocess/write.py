@@ -112,31 +112,32 @@ def select(
     """The files (name, rows) that together hold each wanted key once; the others' keys are left out.
 
     A file that holds more than is wanted of it, or whose rows `change` alters (it returns None where it does not),
-    is written again under a new name.
+    is written again under a new name. Files that serve as they are come first: settings that go back to what they
+    were find the files that they had, and the dataset is the same again.
     """
     left = set(wanted)
-    files = []
+    files, others = [], []
     for file in have:
+        whole = bool(file.keys) and len(set(file.keys)) == len(file.keys) and left.issuperset(file.keys)
+        if whole and (change is None or change(dataset.read_table(file.name)) is None):
+            files.append((file.name, len(file.keys)))
+            left.difference_update(file.keys)
+        else:
+            others.append(file)
+    for file in others:
         take = []
         for key in file.keys:
             take.append(key in left)
             left.discard(key)
         if not any(take):
             continue
-        whole = all(take)
-        table = None
-        if change is not None or not whole:
-            table = dataset.read_table(file.name)
-            kept = table if whole else table.filter(pa.array(take))
-            changed = change(kept) if change is not None else None
-            table = changed if changed is not None else (None if whole else kept)
-        if table is None:
-            files.append((file.name, len(file.keys)))
-        else:
-            content = digest([file.name, table.column(Column.KEY).to_pylist(), _verdicts(table)])
-            name = f"{file.name.rpartition('/')[0]}/{content}.parquet"
-            write_rows(table, dataset, name, compression)
-            files.append((name, table.num_rows))
+        kept = dataset.read_table(file.name).filter(pa.array(take))
+        changed = change(kept) if change is not None else None
+        table = changed if changed is not None else kept
+        content = digest([file.name, table.column(Column.KEY).to_pylist(), _verdicts(table)])
+        name = f"{file.name.rpartition('/')[0]}/{content}.parquet"
+        write_rows(table, dataset, name, compression)
+        files.append((name, table.num_rows))
     return files
 
 

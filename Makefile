@@ -26,7 +26,7 @@ bench: $(STAMP)  ## the benchmarks behind docs/benchmarks.md
 
 lock: $(STAMP)  ## requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-	  --python-version 3.11 --extra demo --extra dev pyproject.toml --output-file requirements.lock
+	  --python-version 3.11 --extra demo --extra server --extra dev pyproject.toml --output-file requirements.lock
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) $(OUTPUT) .pytest_cache .mypy_cache .ruff_cache

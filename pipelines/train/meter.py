@@ -21,17 +21,24 @@ class Meter:
     def add(self, loss: Loss) -> None:
         """Take in one micro-batch's loss."""
         for name, value in {f"loss_{loss.engine}": loss.per_sample, **loss.terms}.items():
-            self._sums.setdefault(name, []).append(value.detach().float().mean())
+            self._add(name, value, torch.ones_like(value))
+        for name, (value, members) in loss.shares.items():
+            self._add(name, torch.where(members, value, 0.0), members)
+
+    def _add(self, name: str, values: torch.Tensor, members: torch.Tensor) -> None:
+        """Keep the sum of a micro-batch's values and their number, on their device."""
+        self._sums.setdefault(name, []).append(torch.stack([values.detach().float().sum(), members.float().sum()]))
 
     def read(
         self, engines: dict[str, Engine], batch: BatchConfig, images_seen: int, waited_seconds: float
     ) -> dict[str, float]:
         """The curves' next point. All workers call it together."""
         names = list(self._sums)
-        means = mean_over_workers(torch.stack([torch.stack(self._sums[name]).mean() for name in names]))
+        sums = mean_over_workers(torch.stack([torch.stack(self._sums[name]).sum(dim=0) for name in names]))  # [N,2]
         now = time.perf_counter()
         seconds = now - self._read_at
-        numbers = dict(zip(names, means.tolist(), strict=True))
+        pairs = zip(names, sums.tolist(), strict=True)
+        numbers = {name: total / count for name, (total, count) in pairs if count}  # a share may have had no sample
         for name, engine in engines.items():
             if f"loss_{name}" in numbers:
                 numbers[f"learning_rate_{name}"] = engine.learning_rate(images_seen)

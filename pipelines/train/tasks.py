@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -48,6 +49,8 @@ class Loss:
     per_sample: Tensor  # [B]
     terms: Mapping[str, Tensor]
     """Parts of it, per sample or scalar, for the curves."""
+    shares: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Curves over some of the samples: values [B], and which of them count [B]."""
 
 
 class Task(Protocol):
@@ -101,7 +104,10 @@ class DenoiserTask:
         return {"unet": self._unet}
 
     def losses(self, engines: Mapping[str, Engine], batch: Batch) -> Iterator[Loss]:
-        """Squared error of the prediction, per sample; where min-SNR weighs it, unweighted for the curves as well."""
+        """Squared error of the prediction, per sample; where min-SNR weighs it, unweighted for the curves as well.
+
+        Each quarter of the drawn timesteps has a curve of its own: a mean over all hides what happens at low noise.
+        """
         assert isinstance(batch, LatentBatch)
         config, unet = self._config.loss, self._unet.config
         size, shape = len(batch.mean), batch.mean.shape[1:]
@@ -115,11 +121,12 @@ class DenoiserTask:
         vector = conditioning_vector(pooled, batch.conditions, unet, draws.keep_sizes)  # [B,V]
         prediction = engines["unet"](noisy_latents, draws.timesteps, context, vector)  # [B,4,h,w]
         error = denoiser_loss(prediction, self._diffusion.target(latents, noise, draws.timesteps))  # [B]
+        quarters = by_quarter(error, draws.timesteps, config.timesteps)
         if config.min_snr_gamma is None:
-            yield Loss("unet", error, {})
+            yield Loss("unet", error, {}, quarters)
             return
         weight = min_snr_weight(self._diffusion, draws.timesteps, config.min_snr_gamma)  # [B]
-        yield Loss("unet", weight * error, {"squared_error": error})
+        yield Loss("unet", weight * error, {"squared_error": error}, quarters)
 
     def samples(self, network: nn.Module, batch: Batch) -> np.ndarray:
         """The rows' images through the VAE, and below them: the base's own pictures for their captions, or the
@@ -253,6 +260,18 @@ class VAETask:
         down = self._vae.config.downsample
         shape = (self._vae.config.latent_channels, height // down, width // down)
         return gaussian(self._batch.seed, batch.first, size, shape, self._device)
+
+
+def by_quarter(error: Tensor, timesteps: Tensor, drawn: tuple[int, int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Curves of the error [B] by quarter of the range `drawn` (first, one past the last) that the timesteps [B] lie in,
+    named by the quarter's first and last timestep."""
+    first, end = drawn
+    edges = [first + (end - first) * quarter // 4 for quarter in range(5)]
+    return {
+        f"squared_error_timesteps_{low}_to_{high - 1}": (error, (timesteps >= low) & (timesteps < high))
+        for low, high in pairwise(edges)
+        if low < high
+    }
 
 
 def mean_over_workers(value: Tensor) -> Tensor:

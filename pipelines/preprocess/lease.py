@@ -12,6 +12,7 @@ hold it. docs/decisions/ says what is guaranteed where.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import socket
@@ -77,7 +78,7 @@ class Lease:
             )
 
     def beat(self) -> None:
-        """Raise the beat until the lease ends. A failure of the storage is left to whoever writes next."""
+        """Raise the beat until the lease ends. A failure of the storage is told, and left to whoever writes next."""
         while not self._ended.wait(BEAT_SECONDS):
             self.claim = replace(self.claim, beat=self.claim.beat + 1)
             try:
@@ -85,8 +86,13 @@ class Lease:
                 _write(self.dataset, self.claim)
             except LeaseLostError:
                 return
-            except OSError:
-                continue
+            except OSError as error:
+                logging.getLogger(__name__).warning(
+                    "%s: beat %d of the lease was not written, and is tried again: %s",
+                    self.dataset.uri,
+                    self.claim.beat,
+                    error,
+                )
 
 
 @contextmanager

@@ -203,9 +203,10 @@ def _commit_index(
     everything = everything.filter(pc.is_in(everything.column(Column.KEY), value_set=inputs.column(Column.KEY)))
     verdicts = decide(_first_of_each_key(everything), filters)
     reasons = verdicts.column(Column.REJECT_REASON)
+    keys = verdicts.column(Column.KEY).to_numpy()  # sorted; a hash table of all keys for every file would be slow
 
     def judge(rows: pa.Table) -> pa.Table | None:
-        places = pc.index_in(rows.column(Column.KEY), value_set=verdicts.column(Column.KEY))
+        places = pa.array(np.searchsorted(keys, rows.column(Column.KEY).to_numpy()))
         judged = rows
         for name in (Column.REJECT_REASON, Column.REJECT_DETAIL):
             new = verdicts.column(name).take(places)
@@ -227,7 +228,8 @@ def _commit_index(
 
 
 def _first_of_each_key(rows: pa.Table) -> pa.Table:
-    """Files may hold a key twice, when a run was killed between two plans; measured again, it is the same row."""
+    """Each key once, sorted. Files may hold one twice, when a run was killed between two plans; measured again, it is
+    the same row."""
     _, first = np.unique(rows.column(Column.KEY).to_numpy(), return_index=True)
     return rows.take(pa.array(first, pa.int64()))
 

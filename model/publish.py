@@ -27,8 +27,7 @@ from model.text import open_clip_tokenizer
 from model.text_weights import (
     BIGG_PREFIXES,
     CLIP_L_PREFIX,
-    bigg_to_transformers,
-    clip_l_to_transformers,
+    to_transformers,
     transformers_config,
 )
 from model.weights import CONFIG, PIPELINE, PREFIXES, SCALING_FACTOR, Kind
@@ -70,7 +69,7 @@ def single_file_parts(model: Model) -> dict[str, dict[str, Stored]]:
         "bigg": (BIGG_PREFIXES[refiner], model.states["bigg"]),
     }
     if not refiner:
-        named["clip_l"] = (CLIP_L_PREFIX, clip_l_to_transformers(model.states["clip_l"]))
+        named["clip_l"] = (CLIP_L_PREFIX, to_transformers(model.states["clip_l"]))
     return {part: {prefix + key: value for key, value in state.items()} for part, (prefix, state) in named.items()}
 
 
@@ -96,10 +95,10 @@ def pipeline_parts(model: Model) -> dict[str, dict[str, Stored]]:
     parts = {
         "unet": to_diffusers(states["unet"], model.unet),
         "vae": to_diffusers(states["vae"], model.vae),
-        "text_encoder_2": bigg_to_transformers(states["bigg"]),
+        "text_encoder_2": to_transformers(states["bigg"]),
     }
     if "clip_l" in states:
-        parts["text_encoder"] = clip_l_to_transformers(states["clip_l"])
+        parts["text_encoder"] = to_transformers(states["clip_l"])
     return parts
 
 

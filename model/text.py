@@ -4,24 +4,25 @@ The context is the output of each tower's last but one layer, without the final 
 The pooled text is bigG's last layer, normalised, at the first end of text, projected. No mask hides the padding, and
 the towers pad differently, so the pad token is a part of the model.
 
-B batch, T tokens (77), D width of both towers together, P width of the pooled text
+B batch, T tokens (77), D width of a tower or of both together, K heads, P width of the pooled text
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import CONTEXT_LENGTH, END_OF_TEXT, START_OF_TEXT, VOCABULARY, TextConfig, TextTowerConfig
-from model.tensors import State, Stored, check_keys, fill, shapes, stored
-from model.text_weights import LOGIT_SCALE, TEXT_MODEL, read_bigg, read_clip_l
-
-# open_clip and transformers take seconds to import, so the functions that need them import them.
+from model.tensors import Stored, check_keys, fill, shapes, stored
+from model.text_weights import LOGIT_SCALE, read_bigg, read_clip_l
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,96 @@ class TextEncoders(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.clip_l: Any = _build_clip_l(config.clip_l)
-        self.bigg: Any = _build_bigg(config.bigg)
+        self.clip_l = TextTower(config.clip_l)
+        self.bigg = TextTower(config.bigg)
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, tokens: Tokens) -> TextFeatures:
         """Context [B,T,D] and pooled text [B,P], in the weights' dtype, of tokens on the weights' device."""
-        clip_l = self.clip_l(tokens.clip_l, output_hidden_states=True).hidden_states[-2]  # [B,T,Dl]
-        bigg = self.bigg.forward_intermediates(tokens.bigg, indices=2, output_fmt="NLC")
-        penultimate = bigg["text_intermediates"][0]  # [B,T,Dg]
-        return TextFeatures(context=torch.cat([clip_l, penultimate], dim=-1), pooled=bigg["text_features"])
+        clip_l, bigg = self.clip_l.context(tokens.clip_l), self.bigg.context(tokens.bigg)  # [B,T,Dl], [B,T,Dg]
+        pooled = self.bigg.pooled(bigg, tokens.bigg)  # [B,P]
+        return TextFeatures(context=torch.cat([clip_l, bigg], dim=-1), pooled=pooled)
+
+
+class TextTower(nn.Module):
+    """A causal text transformer of CLIP (arXiv 2103.00020, 2.4). Its keys are those of open_clip, for both towers.
+
+    Weights are to be filled in: nothing here draws them, since a normal draw on the meta device imports a compiler.
+    """
+
+    def __init__(self, config: TextTowerConfig) -> None:
+        super().__init__()
+        width, projected = config.width, config.projection_dim
+        self.token_embedding = nn.Embedding(VOCABULARY, width, _weight=torch.zeros(VOCABULARY, width))
+        self.positional_embedding = nn.Parameter(torch.zeros(CONTEXT_LENGTH, width))
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(TextBlock(config) for _ in range(config.layers))})
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.zeros(width, projected)) if projected else None
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers."""
+        return cast(nn.ModuleList, self.transformer["resblocks"])
+
+    def context(self, tokens: Tensor) -> Tensor:
+        """Tokens [B,T] to the output of the last but one layer [B,T,D]. The last layer is not run for it."""
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # [B,T,D]
+        for block in self.blocks[:-1]:
+            x = block(x)  # [B,T,D]
+        return x
+
+    def pooled(self, context: Tensor, tokens: Tensor) -> Tensor:
+        """What `context` gave for `tokens` [B,T], to the last layer's output at the first end of text [B,P]."""
+        if self.text_projection is None:
+            raise ValueError("this tower has no text projection, so it has no pooled text")
+        ends = (tokens == END_OF_TEXT).int().argmax(dim=1)  # [B]
+        x = self.blocks[-1](context)[torch.arange(len(tokens), device=tokens.device), ends]  # [B,D]
+        return self.ln_final(x) @ self.text_projection  # [B,P]
+
+
+class TextBlock(nn.Module):
+    """Attention to the tokens before, then a pointwise network; each normalised before and added to its input."""
+
+    def __init__(self, config: TextTowerConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.activation = ACTIVATIONS[config.activation]
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = CausalAttention(width, config.heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,T,D] to [B,T,D]."""
+        x = x + self.attn(self.ln_1(x))  # [B,T,D]
+        return x + self.mlp["c_proj"](self.activation(self.mlp["c_fc"](self.ln_2(x))))  # [B,T,D]
+
+
+class CausalAttention(nn.Module):
+    """Softmax attention of each token to itself and those before; one matrix for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.zeros(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,T,D] to [B,T,D]."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B,T,3D]
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B,K,T,D/K]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B,K,T,D/K]
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))  # [B,T,D]
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's approximation of the GELU, which its CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 def random_text_encoders(config: TextConfig, seed: int) -> TextEncoders:
@@ -127,14 +207,8 @@ def load_text_encoders(
     states = read_text(config, clip_l, bigg, allow_pickle)
     states["bigg"].pop(LOGIT_SCALE, None)
     encoders = _on_meta(config)
-    fill(encoders.clip_l, _named_as(encoders.clip_l, states["clip_l"]), f"CLIP-L of {clip_l!r}", dtype, device)
+    fill(encoders.clip_l, states["clip_l"], f"CLIP-L of {clip_l!r}", dtype, device)
     fill(encoders.bigg, states["bigg"], f"bigG of {bigg!r}", dtype, device)
-    # Buffers that no file holds, so they are still on the meta device.
-    encoders.bigg.attn_mask = encoders.bigg.build_causal_mask().to(device, dtype)
-    for module in encoders.clip_l.modules():
-        if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(CONTEXT_LENGTH, device=device)[None]
-    assert not any(buffer.is_meta for buffer in encoders.buffers())
     return encoders.eval().requires_grad_(False)
 
 
@@ -158,8 +232,7 @@ def read_text(
 
 def text_states(encoders: TextEncoders) -> dict[str, dict[str, Stored]]:
     """Weights of encoders that are there, as `read_text` gives them."""
-    clip_l = {key.removeprefix(TEXT_MODEL): value for key, value in encoders.clip_l.state_dict().items()}
-    return {"clip_l": stored(clip_l), "bigg": stored(encoders.bigg.state_dict())}
+    return {"clip_l": stored(encoders.clip_l.state_dict()), "bigg": stored(encoders.bigg.state_dict())}
 
 
 def _on_meta(config: TextConfig) -> TextEncoders:
@@ -167,55 +240,20 @@ def _on_meta(config: TextConfig) -> TextEncoders:
         return TextEncoders(config)
 
 
-def _named_as(module: nn.Module, state: State) -> dict[str, Stored]:
-    """CLIP-L's weights by the names of transformers' class: some versions have "text_model." before them."""
-    prefix = TEXT_MODEL if any(name.startswith(TEXT_MODEL) for name, _ in module.named_parameters()) else ""
-    return {prefix + key: value for key, value in state.items()}
-
-
 @lru_cache(maxsize=1)
 def open_clip_tokenizer() -> Any:
-    """CLIP's byte pairs."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    tokenizer = SimpleTokenizer(context_length=CONTEXT_LENGTH)
+    """CLIP's byte pairs. The module is loaded by its file, since its package imports image models for ten seconds."""
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None
+    assert package.origin is not None
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", Path(package.origin).with_name("tokenizer.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tokenizer = module.SimpleTokenizer(context_length=CONTEXT_LENGTH)
     found = (tokenizer.vocab_size, tokenizer.sot_token_id, tokenizer.eot_token_id)
     expected = (VOCABULARY, START_OF_TEXT, END_OF_TEXT)
     if found != expected:
         raise ValueError(f"open_clip's tokenizer has (entries, start, end) {found}; CLIP's has {expected}")
     return tokenizer
-
-
-def _build_clip_l(tower: TextTowerConfig) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=tower.width,
-            intermediate_size=4 * tower.width,
-            num_hidden_layers=tower.layers,
-            num_attention_heads=tower.heads,
-            hidden_act=tower.activation,
-            max_position_embeddings=CONTEXT_LENGTH,
-            bos_token_id=START_OF_TEXT,
-            eos_token_id=END_OF_TEXT,
-            pad_token_id=tower.pad_token,
-        )
-    )
-
-
-def _build_bigg(tower: TextTowerConfig) -> nn.Module:
-    """open_clip's text transformer alone, so that the image tower of 1.8 billion parameters is never built."""
-    from open_clip.transformer import QuickGELU, TextTransformer
-
-    return TextTransformer(
-        context_length=CONTEXT_LENGTH,
-        vocab_size=VOCABULARY,
-        width=tower.width,
-        heads=tower.heads,
-        layers=tower.layers,
-        output_dim=tower.projection_dim,
-        act_layer={"gelu": nn.GELU, "quick_gelu": QuickGELU}[tower.activation],
-        pool_type="argmax",  # the end of text is the largest id, so this finds the first one
-    )

@@ -1,8 +1,8 @@
 """The text encoders' weights: where they come from, and their names in both public layouts.
 
-CLIP-L goes by transformers' names without "text_model.", bigG by open_clip's, as in the published single files. For
-bigG, transformers has three matrices where open_clip has one for queries, keys and values, and transposes the
-projection. Both ways are exact to the bit.
+Both towers go by open_clip's names, as bigG does in the published single files, where CLIP-L goes by transformers'.
+transformers has three matrices where open_clip has one for queries, keys and values, and transposes the projection.
+Both ways are exact to the bit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ OUTER_NAMES = {
 
 
 def read_clip_l(tower: TextTowerConfig, source: str, allow_pickle: bool = False) -> dict[str, Stored]:
-    """CLIP-L's weights in transformers' names. `source`: a single file of the base, a folder of a pipeline or of a
+    """CLIP-L's weights in open_clip's names. `source`: a single file of the base, a folder of a pipeline or of a
     CLIP model, or the name of one on the hub. Raises ValueError where a config.json does not fit `tower`.
     """
     if _is_file(source):
@@ -77,25 +77,18 @@ def read_bigg(tower: TextTowerConfig, source: str, allow_pickle: bool = False) -
             for key, value in below(state, "").items()
             if not key.removeprefix("module.").startswith(OTHERS) and not key.endswith("attn_mask")
         }
-    return bigg_from_transformers(_read_transformers(tower, source, "text_encoder_2", allow_pickle))
+    return from_transformers(_read_transformers(tower, source, "text_encoder_2", allow_pickle))
 
 
 def clip_l_from_transformers(state: State) -> dict[str, Stored]:
     """The text transformer of a CLIP model of transformers, without what belongs to images or to both."""
-    return {
-        key.removeprefix(TEXT_MODEL): value
-        for key, value in below(state, "").items()
-        if not key.startswith((*OTHERS, LOGIT_SCALE, "text_projection."))
-    }
+    return from_transformers(
+        {key: value for key, value in state.items() if not key.startswith((LOGIT_SCALE, "text_projection."))}
+    )
 
 
-def clip_l_to_transformers(state: State) -> dict[str, Stored]:
-    """The keys that the published folders and single files have."""
-    return {TEXT_MODEL + key: value for key, value in state.items()}
-
-
-def bigg_from_transformers(state: State) -> dict[str, Stored]:
-    """Weights of a CLIPTextModelWithProjection in open_clip's names. A key that is none of its own stays as it is."""
+def from_transformers(state: State) -> dict[str, Stored]:
+    """A text tower of transformers in open_clip's names. A key that is none of its own stays as it is."""
     state = {
         key.removeprefix(TEXT_MODEL): value for key, value in below(state, "").items() if not key.startswith(OTHERS)
     }
@@ -120,8 +113,11 @@ def bigg_from_transformers(state: State) -> dict[str, Stored]:
     return out
 
 
-def bigg_to_transformers(state: State) -> dict[str, Stored]:
-    """open_clip's text weights as those of a CLIPTextModelWithProjection, which has no logit_scale."""
+def to_transformers(state: State) -> dict[str, Stored]:
+    """open_clip's text weights as those of a CLIPTextModel, with its projection where it has one, and no logit_scale.
+
+    The keys are those of the published folders, and of CLIP-L in the published single files.
+    """
     out: dict[str, Stored] = {}
     for key, value in state.items():
         if key == LOGIT_SCALE:

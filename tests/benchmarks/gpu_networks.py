@@ -133,74 +133,39 @@ def diffusers_vae(vae: nn.Module, config: VAEConfig) -> nn.Module:
 
 def text_sides(preset: str, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
     """Ours and two transformers models over the same weights; context and pooled text of 64 or 4 prompts in one row."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from model.config import CONTEXT_LENGTH, END_OF_TEXT, START_OF_TEXT, VOCABULARY
-    from model.text import TextEncoders, Tokens
+    from model.config import CONTEXT_LENGTH, END_OF_TEXT, START_OF_TEXT
+    from model.text import Tokens, random_text_encoders, text_states
+    from model.text_weights import TEXT_MODEL, to_transformers, transformers_config
 
     config = TEXT_PRESETS[preset]
-    tower = config.bigg
+    ours = random_text_encoders(config, 0)
+    theirs = []
+    for name, kind in (("clip_l", CLIPTextModel), ("bigg", CLIPTextModelWithProjection)):
+        model = kind(CLIPTextConfig(**transformers_config(getattr(config, name)))).eval()
+        state = {key: value.read() for key, value in to_transformers(text_states(ours)[name]).items()}
+        if not any(key.startswith(TEXT_MODEL) for key in model.state_dict()):
+            state = {key.removeprefix(TEXT_MODEL): value for key, value in state.items()}
+        model.load_state_dict(state, strict=True)
+        theirs.append(model.to(device, dtype))
+    ours = ours.to(device, dtype)
     torch.manual_seed(0)
-    theirs = CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=tower.width,
-            intermediate_size=4 * tower.width,
-            num_hidden_layers=tower.layers,
-            num_attention_heads=tower.heads,
-            hidden_act=tower.activation,
-            projection_dim=tower.projection_dim,
-            eos_token_id=END_OF_TEXT,
-        )
-    ).eval()
-    ours = TextEncoders(config)
-    theirs.load_state_dict(_transformers_names(ours.bigg.state_dict()), strict=True)
-    ours, theirs = ours.to(device, dtype), theirs.to(device, dtype)
     ids = torch.full((64 if preset == "sdxl" else 4, CONTEXT_LENGTH), END_OF_TEXT)
     ids[:, 0], ids[:, 1:20] = START_OF_TEXT, torch.randint(0, 40_000, (len(ids), 19))
     ids = ids.to(device)
 
     def peer() -> Tensor:
         with torch.no_grad():
-            first = ours.clip_l(ids, output_hidden_states=True).hidden_states[-2]
-            second = theirs(ids, output_hidden_states=True)
-        return torch.cat([torch.cat([first, second.hidden_states[-2]], -1).flatten(1), second.text_embeds], 1)
+            first, second = (model(ids, output_hidden_states=True) for model in theirs)
+        context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+        return torch.cat([context.flatten(1), second.text_embeds], 1)
 
     def own() -> Tensor:
         features = ours(Tokens(clip_l=ids, bigg=ids))
         return torch.cat([features.context.flatten(1), features.pooled], 1)
 
     return {"ours": own, "transformers": peer}
-
-
-def _transformers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Text weights in open_clip's names, which hold one matrix for queries, keys and values, in transformers' names."""
-    parts = {
-        "ln_1": "layer_norm1",
-        "ln_2": "layer_norm2",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-        "attn.out_proj": "self_attn.out_proj",
-    }
-    named = {
-        "text_projection.weight": state["text_projection"].T.contiguous(),
-        "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
-        "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
-        "text_model.final_layer_norm.weight": state["ln_final.weight"],
-        "text_model.final_layer_norm.bias": state["ln_final.bias"],
-    }
-    for key, value in state.items():
-        if not key.startswith("transformer.resblocks."):
-            continue
-        _, _, layer, rest = key.split(".", 3)
-        prefix = f"text_model.encoder.layers.{layer}"
-        if rest.startswith("attn.in_proj_"):
-            for part, third in zip("qkv", value.chunk(3), strict=True):
-                named[f"{prefix}.self_attn.{part}_proj.{rest.removeprefix('attn.in_proj_')}"] = third
-        else:
-            module, kind = rest.rsplit(".", 1)
-            named[f"{prefix}.{parts[module]}.{kind}"] = value
-    return named
 
 
 def same_answer(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

@@ -24,7 +24,7 @@ from model.layouts import diffusers_config, to_diffusers
 from model.publish import write_json
 from model.tensors import read_file, read_folder, stored, weight_files, write_file
 from model.text import TextEncoders, load_text_encoders, text_states
-from model.text_weights import bigg_to_transformers, clip_l_to_transformers, transformers_config
+from model.text_weights import to_transformers, transformers_config
 from model.unet import UNet
 from model.vae import VAE
 from model.weights import Kind, fingerprint, load_unet, load_vae, read_config, read_extra, save_weights
@@ -255,7 +255,7 @@ def large(tmp_path_factory):
         write_file(folder / "vae" / name, part)
     write_json(folder / "vae" / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": index})
     states = {tower: zeros(weights) for tower, weights in text_states(encoders).items()}
-    converted = {"clip_l": clip_l_to_transformers(states["clip_l"]), "bigg": bigg_to_transformers(states["bigg"])}
+    converted = {"clip_l": to_transformers(states["clip_l"]), "bigg": to_transformers(states["bigg"])}
     for tower, weights in converted.items():
         (folder / tower).mkdir()
         write_json(folder / tower / "config.json", transformers_config(getattr(LARGE_TEXT, tower)))

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from pipelines.storage import Storage
 
-SCHEMA_VERSION = 2  # raised when a column changes its meaning; part of every fingerprint
+SCHEMA_VERSION = 3  # raised when a column changes its meaning; part of every fingerprint
 MANIFEST = "manifest.json"
 
 
@@ -41,6 +41,9 @@ class Column(StrEnum):
     BUCKET = "bucket"  # (height, width) in pixels
     AESTHETIC_SCORE = "aesthetic_score"  # null where the source has none
     FILE_SIZE = "file_size"  # bytes
+    DISTINCT_PIXELS = "distinct_pixels"  # distinct pixel values of the image; 256 stands for all above
+    CONTRAST = "contrast"  # standard deviation of brightness, of 255, over a thumbnail of 32 x 32
+    PERCEPTUAL_HASH = "perceptual_hash"  # 64 bits of the thumbnail; null where it has hardly any contrast
     REJECT_REASON = "reject_reason"  # a Reject; null = kept
     REJECT_DETAIL = "reject_detail"  # what exactly was wrong, for a person
     LATENT_MEAN = "latent_mean"  # unscaled posterior, float16 [4, h, w]
@@ -60,10 +63,12 @@ class Reject(StrEnum):
     TOO_SMALL = "too_small"
     TOO_LARGE = "too_large"
     EXTREME_ASPECT = "extreme_aspect"
+    BLANK = "blank"
     LONG_CAPTION = "long_caption"
     NO_SCORE = "no_score"
     LOW_SCORE = "low_score"
     DUPLICATE = "duplicate"
+    NEAR_DUPLICATE = "near_duplicate"
 
 
 PAIR = pa.list_(pa.int32(), 2)
@@ -79,9 +84,20 @@ INDEX_SCHEMA = pa.schema(
         pa.field(Column.BUCKET, NULLABLE_PAIR),
         pa.field(Column.AESTHETIC_SCORE, pa.float32()),
         pa.field(Column.FILE_SIZE, pa.int64(), nullable=False),
+        pa.field(Column.DISTINCT_PIXELS, pa.int32()),
+        pa.field(Column.CONTRAST, pa.float32()),
+        pa.field(Column.PERCEPTUAL_HASH, pa.uint64()),
         pa.field(Column.REJECT_REASON, pa.string()),
         pa.field(Column.REJECT_DETAIL, pa.string()),
     ]
+)
+
+INDEX_ONLY = (  # what no later stage asks for
+    Column.FILE_SIZE,
+    Column.DISTINCT_PIXELS,
+    Column.CONTRAST,
+    Column.PERCEPTUAL_HASH,
+    Column.REJECT_DETAIL,
 )
 
 
@@ -252,7 +268,7 @@ def data_files(dataset: Storage, manifest: Manifest) -> list[DataFile]:
 
 def kept_rows(index: Storage, manifest: Manifest) -> pa.Table:
     """The index rows that are kept, with the key that their latents row has, sorted by it."""
-    columns = [name for name in INDEX_SCHEMA.names if name not in (Column.FILE_SIZE, Column.REJECT_DETAIL)]
+    columns = [name for name in INDEX_SCHEMA.names if name not in INDEX_ONLY]
     tables = [index.read_table(file.name, columns) for file in data_files(index, manifest)]
     rows = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table().select(columns)
     rows = rows.filter(pc.is_null(rows.column(Column.REJECT_REASON))).drop_columns([Column.REJECT_REASON])

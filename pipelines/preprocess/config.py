@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from pipelines.config import Amount, Count, Size, StageResources
+
+MOST_DISTINCT = 256  # distinct pixel values are counted up to here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,13 @@ class FilterConfig:
     """Longest over shortest side an original image may have."""
     max_pixels: Count = 200_000_000
     """Pixels a header may claim before the file is refused unread. A change measures every image again."""
+    min_distinct_pixels: Annotated[int, Ge(1), Le(MOST_DISTINCT)] = 2
+    """Fewest distinct pixel values an image may have; 2 rejects what is of one colour, 1 nothing."""
+    min_contrast: Annotated[float, Ge(0)] = 0.0
+    """Least standard deviation of brightness, of 255, over a thumbnail of 32 x 32."""
+    near_duplicate_bits: Annotated[int, Ge(0), Le(16)] | None = None
+    """Bits of 64 in which the perceptual hashes of two images may differ and one of them be rejected: the smaller. None
+    rejects none."""
     min_caption_characters: Amount = 1
     """Shortest caption, after white space is stripped."""
     max_caption_characters: Count = 1_000_000

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.preprocess.config import FilterConfig
+from pipelines.preprocess.near import HASH_BITS, leaders
 from pipelines.schema import INDEX_SCHEMA, Column, Reject
 
 MEASURED = (Reject.UNREADABLE, Reject.TOO_LARGE)  # reasons that measuring gives; the rest are decided here
@@ -28,7 +29,7 @@ def decide(index: pa.Table, config: FilterConfig) -> pa.Table:
     reasons, details = index.column(Column.REJECT_REASON), index.column(Column.REJECT_DETAIL)
     measured = pc.is_in(reasons, value_set=pa.array(MEASURED, pa.string()))
     cleared = _with_verdicts(index, _where(measured, reasons), _where(measured, details))
-    return mark_duplicates(apply_filters(cleared, config))
+    return mark_near_duplicates(mark_duplicates(apply_filters(cleared, config)), config)
 
 
 def apply_filters(index: pa.Table, config: FilterConfig) -> pa.Table:
@@ -71,6 +72,20 @@ def aspect(index: pa.Table, config: FilterConfig) -> Verdict:
     return Reject.EXTREME_ASPECT, pc.greater(ratio, config.max_aspect), detail
 
 
+def few_distinct_pixels(index: pa.Table, config: FilterConfig) -> Verdict:
+    """An image of one colour, or of too few."""
+    count, least = index.column(Column.DISTINCT_PIXELS), config.min_distinct_pixels
+    detail = _text(count, f" distinct pixel values, and filters.min_distinct_pixels is {least}")
+    return Reject.BLANK, pc.less(count, least), detail
+
+
+def low_contrast(index: pa.Table, config: FilterConfig) -> Verdict:
+    """An image that is nearly of one brightness."""
+    contrast = index.column(Column.CONTRAST)
+    detail = _text(pc.round(contrast, 2), f" of contrast, and filters.min_contrast is {config.min_contrast}")
+    return Reject.BLANK, pc.less(contrast, pa.scalar(config.min_contrast, pa.float32())), detail
+
+
 def low_score(index: pa.Table, config: FilterConfig) -> Verdict:
     """An image with too low an aesthetic score."""
     score, least = index.column(Column.AESTHETIC_SCORE), config.min_aesthetic_score
@@ -85,7 +100,16 @@ def no_score(index: pa.Table, config: FilterConfig) -> Verdict:
     return Reject.NO_SCORE, pc.and_(missing, config.require_aesthetic_score), detail
 
 
-FILTERS: tuple[Filter, ...] = (no_caption, long_caption, shortest_side, aspect, no_score, low_score)
+FILTERS: tuple[Filter, ...] = (
+    no_caption,
+    long_caption,
+    shortest_side,
+    aspect,
+    few_distinct_pixels,
+    low_contrast,
+    no_score,
+    low_score,
+)
 
 
 def mark_duplicates(rows: pa.Table) -> pa.Table:
@@ -110,6 +134,34 @@ def mark_duplicates(rows: pa.Table) -> pa.Table:
     standing = pa.array(~judged)
     reasons = pc.if_else(duplicate, str(Reject.DUPLICATE), _where(standing, reasons))
     return _with_verdicts(rows, reasons, pc.if_else(duplicate, detail, _where(standing, details)))
+
+
+def mark_near_duplicates(rows: pa.Table, config: FilterConfig) -> pa.Table:
+    """The verdict on images that look alike, over all rows of an index that nothing else rejects.
+
+    The one with the largest area is kept, of equals the smallest path; preprocess/near.py says what follows for others.
+    """
+    reasons, details = rows.column(Column.REJECT_REASON), rows.column(Column.REJECT_DETAIL)
+    if config.near_duplicate_bits is None:
+        return rows
+    judged = pc.and_(pc.is_null(reasons), pc.is_valid(rows.column(Column.PERCEPTUAL_HASH)))
+    places = np.flatnonzero(judged.to_numpy())
+    found = rows.select([Column.PATH, Column.KEY, Column.PERCEPTUAL_HASH]).take(places)
+    height, width = (pc.cast(side, pa.int64()).take(places) for side in _sides(rows))
+    found = found.append_column("area", pc.multiply(height, width))
+    wishes = [("area", "descending"), (Column.PATH, "ascending"), (Column.KEY, "ascending")]
+    order = pc.sort_indices(found, sort_keys=wishes).to_numpy()
+    places, hashes = places[order], found.column(Column.PERCEPTUAL_HASH).to_numpy()[order]
+    leader = leaders(hashes, config.near_duplicate_bits)
+    origin = np.arange(rows.num_rows)  # of each row, the row that is kept for it
+    origin[places] = places[leader]
+    differing = np.zeros(rows.num_rows, np.int64)
+    differing[places] = np.bitwise_count(hashes ^ hashes[leader])
+    near = pa.array(origin != np.arange(rows.num_rows))
+    words = f" of {HASH_BITS} bits from "
+    detail = _text(pa.chunked_array([differing]), words, rows.column(Column.PATH).take(pa.array(origin)))
+    reasons = pc.if_else(near, str(Reject.NEAR_DUPLICATE), reasons)
+    return _with_verdicts(rows, reasons, pc.if_else(near, detail, details))
 
 
 def _caption_length(index: pa.Table) -> pa.ChunkedArray:

@@ -1,4 +1,4 @@
-"""Open each image once: what it is, how large it is, and whether it can be read at all."""
+"""Open each image once: what it is, how large it is, what it looks like, and whether it can be read at all."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from pipelines.config import Size
 from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, decode, header_size
-from pipelines.preprocess.config import FilterConfig
+from pipelines.preprocess.config import MOST_DISTINCT, FilterConfig
+from pipelines.preprocess.near import HASH_SIDE, perceptual_hash
 from pipelines.schema import INDEX_SCHEMA, Column, Reject
 from pipelines.storage import Storage
 
+LEAST_HASHED_CONTRAST = 1.0  # of 255; below, a hash would be one of rounding
 READ_THREADS = 8  # reads in flight per task; decoding releases the interpreter lock
 
 
 def measure(inputs: pa.Table, source: Storage, filters: FilterConfig) -> pa.Table:
-    """Inputs -> index rows with id, original size and, for an image that cannot be read, the reason."""
+    """Inputs -> index rows with id, original size, looks and, for an image that cannot be read, the reason."""
 
     def row(values: dict[str, Any]) -> dict[str, Any]:
         index = {name: values.get(name) for name in INDEX_SCHEMA.names}
@@ -38,9 +42,22 @@ def measure(inputs: pa.Table, source: Storage, filters: FilterConfig) -> pa.Tabl
             index[Column.ORIGINAL_SIZE] = image.height, image.width  # a PNG's orientation may lie behind its pixels
         except DECODE_ERRORS as error:
             return index | _reject(Reject.UNREADABLE, error)
-        return index
+        return index | looks(image)
 
     return map_rows(row, inputs, INDEX_SCHEMA)
+
+
+def looks(image: Image.Image) -> dict[str, Any]:
+    """What filters can ask about the pixels of an RGB image, without them."""
+    colours = image.getcolors(MOST_DISTINCT - 1)  # None where there are more
+    thumbnail = image.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX).convert("L")
+    luma = np.asarray(thumbnail)
+    contrast = float(luma.std())
+    return {
+        Column.DISTINCT_PIXELS: MOST_DISTINCT if colours is None else len(colours),
+        Column.CONTRAST: contrast,
+        Column.PERCEPTUAL_HASH: perceptual_hash(luma) if contrast >= LEAST_HASHED_CONTRAST else None,
+    }
 
 
 def map_rows(function: Callable[[dict[str, Any]], dict[str, Any]], table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -55,6 +55,9 @@ JUDGED = [  # what verdicts follow from
     Column.CAPTION,
     Column.ORIGINAL_SIZE,
     Column.AESTHETIC_SCORE,
+    Column.DISTINCT_PIXELS,
+    Column.CONTRAST,
+    Column.PERCEPTUAL_HASH,
     Column.REJECT_REASON,
     Column.REJECT_DETAIL,
 ]

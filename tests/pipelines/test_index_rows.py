@@ -25,7 +25,9 @@ VERDICT = pa.schema([(name, pa.string()) for name in ("id", "path", "reject_reas
 
 def png(height: int, width: int, colour: str = "red", **options) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(buffer, options.pop("kind", "PNG"), **options)
+    image = Image.new("RGB", (width, height), colour)
+    image.paste("white", (0, 0, 1, 8))  # one colour alone would be blank
+    image.save(buffer, options.pop("kind", "PNG"), **options)
     return buffer.getvalue()
 
 
@@ -129,6 +131,23 @@ def test_images_without_captions_can_be_kept(index, tmp_path):
 
 def test_small_images_are_kept_by_default(index):
     assert reasons(index({"a.png": png(1, 2)})) == {"a.png": None}
+
+
+def test_what_filters_ask_about_pixels_is_measured_once(index):
+    def stored(image: Image.Image) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    flat = Image.new("RGB", (40, 30), "red")
+    dot, ramp = flat.copy(), Image.linear_gradient("L")
+    dot.putpixel((39, 29), (254, 0, 0))
+    rows = index({"dot.png": stored(dot), "flat.png": stored(flat), "ramp.png": stored(ramp)})
+    assert [rows[name]["distinct_pixels"] for name in rows] == [2, 1, 256]
+    assert [rows[name]["reject_reason"] for name in rows] == [None, Reject.BLANK, None]
+    assert rows["flat.png"]["contrast"] == 0
+    assert rows["ramp.png"]["contrast"] == pytest.approx(256 / 12**0.5, rel=0.01)
+    assert [rows[name]["perceptual_hash"] is None for name in rows] == [True, True, False]
 
 
 def test_every_input_gives_exactly_one_row(index, tmp_path):

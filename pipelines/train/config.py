@@ -16,6 +16,7 @@ from pipelines.config import (
     LPIPSWeightsConfig,
     Positive,
     SamplingConfig,
+    Share,
     SourceConfig,
     TextWeightsConfig,
     WeightsConfig,
@@ -49,9 +50,13 @@ class OptimizerConfig:
     weight_decay: Annotated[float, Ge(0)] = 0.01
     """Decoupled weight decay."""
     warmup_images: Amount = 0
-    """Images over which the learning rate rises from zero."""
+    """Images over which the learning rate rises from zero, in a line."""
     decay_images: Amount = 0
-    """Images over which it falls to zero, at the end of the run."""
+    """Images over which it falls, at the end of the run; 0 keeps it constant."""
+    decay_shape: Literal["linear", "cosine"] = "linear"
+    """How it falls: in a line, or along half a cosine (arXiv 1608.03983, eq. 5)."""
+    final_lr_share: Share = 0.0
+    """Share of lr that it falls to."""
     clip_norm: Annotated[float, Ge(0)] = 1.0
     """Largest norm of the gradient; 0 leaves it as it is."""
 

@@ -6,6 +6,7 @@ over workers, so each worker averages its own shard: no worker holds a full copy
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,12 +62,14 @@ class Engine:
         """The network's forward pass.
 
         It goes past DeepSpeed's own, which hangs hooks on the outputs: they would take the gradients of the adaptive
-        weight for the step's backward pass. ZeRO 1 and 2 do nothing else there.
+        weight for the step's backward pass. `backward` does what they are for.
         """
         return self.network(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's mean loss; workers are averaged."""
+        self._engine.optimizer.clear_backward_seen_flag()
+        loss.register_hook(lambda _: self._engine._backward_prologue())  # clears what the last pass left, among others
         self._engine.backward(loss)
 
     def step(self, images_seen: int) -> None:
@@ -83,12 +86,9 @@ class Engine:
             self.ema.update(self._masters(), images_seen, self._batch.global_size)
 
     def learning_rate(self, images_seen: int) -> float:
-        """The rate of the step that ends at `images_seen`: linear warm-up, constant, linear decay to zero."""
-        config = self._optimizer
-        rising = images_seen / config.warmup_images if config.warmup_images else 1.0
+        """The rate of the step that ends at `images_seen`."""
         left = self._schedule.images - images_seen + self._batch.global_size
-        falling = left / config.decay_images if config.decay_images else 1.0
-        return config.lr * self._lr_scale * min(1.0, rising, falling)
+        return self._lr_scale * learning_rate(self._optimizer, images_seen, left)
 
     def gradient_norm(self) -> float:
         """Norm of the last step's gradient over all parameters, before clipping."""
@@ -145,7 +145,7 @@ class Engine:
 
     def _masters(self) -> list[Tensor]:
         """This worker's shards of the fp32 weights."""
-        return list(self._engine.optimizer.single_partition_of_fp32_groups)
+        return [shard for group in self._engine.basic_optimizer.param_groups for shard in group["params"]]
 
     @torch.no_grad()
     def _exchange(self) -> None:
@@ -158,6 +158,19 @@ class Engine:
         self._engine.optimizer.update_lp_params()
 
 
+def learning_rate(config: OptimizerConfig, images_seen: int, left: int) -> float:
+    """The rate of a step: a line up, constant, and a line or half a cosine down.
+
+    The step ends at `images_seen`, and `left` images, its own among them, are left of the run: no step's rate is zero.
+    """
+    rising = min(1.0, images_seen / config.warmup_images) if config.warmup_images else 1.0
+    falling = min(1.0, left / config.decay_images) if config.decay_images else 1.0
+    if config.decay_shape == "cosine":
+        falling = (1 - math.cos(math.pi * falling)) / 2
+    floor = config.final_lr_share
+    return config.lr * min(rising, floor + (1 - floor) * falling)
+
+
 def deepspeed_config(optimizer: OptimizerConfig, batch: BatchConfig, workers: WorkersConfig) -> dict[str, Any]:
     """DeepSpeed's settings."""
     return {
@@ -167,6 +180,7 @@ def deepspeed_config(optimizer: OptimizerConfig, batch: BatchConfig, workers: Wo
         "gradient_clipping": optimizer.clip_norm,
         "zero_optimization": {"stage": workers.zero_stage},
         "bf16": {"enabled": workers.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},  # and so does a sum over many passes
         "communication_data_type": "fp32",  # a sum over many workers loses digits in bf16
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,

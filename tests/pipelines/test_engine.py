@@ -99,7 +99,29 @@ def worker(rank: int, port: int, folder: str) -> None:
                 "resumed_average": resumed_average,
             }
             torch.save(found, Path(folder, f"{name}.pt"))
+    norms = {stage: norm_of_unequal_passes(stage) for stage in (1, 2)}
+    if rank == 0:
+        torch.save(norms, Path(folder, "norms.pt"))
     torch.distributed.destroy_process_group()
+
+
+def norm_of_unequal_passes(stage: int) -> float:
+    """Norm of a gradient that is the mean over passes of 1 and three times 2^-9, which bf16 does not add to 1."""
+    from pipelines.train.engine import Engine
+
+    engine = Engine(
+        "net",
+        nn.Linear(1, 1, bias=False),
+        optimizer=OPTIMIZER,
+        schedule=SCHEDULE,
+        batch=BatchConfig(global_size=4 * WORLD, micro_size=1),
+        workers=WorkersConfig(count=WORLD, zero_stage=stage, dtype="bfloat16"),  # type: ignore[arg-type]
+        ema=None,
+    )
+    for value in (1.0, 2**-9, 2**-9, 2**-9):
+        engine.backward(engine(torch.tensor([[value]], dtype=torch.bfloat16)).float().mean())
+        engine.step(4 * WORLD)
+    return engine.gradient_norm()
 
 
 def new_engine(stage: int, micro: int, dtype: str):  # type: ignore[no-untyped-def]
@@ -153,6 +175,37 @@ def test_bfloat16_keeps_fp32_weights_near_those_of_fp32(trained: dict, case: str
     for ours, theirs in zip(trained[case]["weights"].values(), weights, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2)  # three decimals of bf16, through Adam
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bfloat16_passes_are_summed_in_fp32(trained: dict, stage: int) -> None:
+    assert trained["norms"][stage] == pytest.approx((1 + 3 * 2**-9) / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "share", "expected"),
+    [
+        ("linear", 0.0, [0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("linear", 0.5, [0.5, 1.0, 1.0, 1.0, 0.875, 0.75, 0.625]),
+        ("cosine", 0.0, [0.5, 1.0, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
+        ("cosine", 0.5, [0.5, 1.0, 1.0, 1.0, 0.926777, 0.75, 0.573223]),
+    ],
+)
+def test_the_rate_rises_stays_and_falls_to_its_share(shape: str, share: float, expected: list[float]) -> None:
+    from pipelines.train.engine import learning_rate
+
+    config = OptimizerConfig(
+        lr=2.0,
+        warmup_images=16,
+        decay_images=32,
+        decay_shape=shape,  # type: ignore[arg-type]
+        final_lr_share=share,
+    )
+    steps = range(8, 64, 8)
+    rates = [learning_rate(config, seen, 56 - seen + 8) / 2.0 for seen in steps]
+    assert rates == pytest.approx(expected, rel=1e-5)
+    constant = OptimizerConfig(lr=2.0, decay_shape=shape, final_lr_share=share)  # type: ignore[arg-type]
+    assert {learning_rate(constant, seen, 56 - seen + 8) for seen in steps} == {2.0}
 
 
 @pytest.mark.parametrize("case", ["1-4-float32", "2-4-float32", "1-4-bfloat16", "2-4-bfloat16"])

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from model.config import TEXT_PRESETS, DenoiserLossConfig, DiffusionConfig, TimestepBias, UNetConfig
-from pipelines.config import SamplingConfig, TextWeightsConfig
+from pipelines.config import DEFAULT_SCORE, SamplingConfig, SourceConfig, TextWeightsConfig
+from pipelines.preprocess.config import ScoreLimits
 
 
 def check_preset(key: str, name: str, presets: Iterable[str]) -> None:
     """The preset exists."""
     if name not in presets:
         raise ValueError(f"{key}: there is no preset {name!r}; there are {', '.join(presets)}")
+
+
+def check_scores(key: str, limits: Mapping[str, ScoreLimits], source: SourceConfig) -> None:
+    """Limits are set on scores that the source has, and leave something between them."""
+    if DEFAULT_SCORE in source.columns.scores:
+        raise ValueError(f"source.columns.scores.{DEFAULT_SCORE}: set source.columns.{DEFAULT_SCORE} instead")
+    there = [DEFAULT_SCORE, *source.columns.scores]
+    for name, limit in limits.items():
+        if name not in there:
+            raise ValueError(f"{key}.{name}: source.columns names no such score; there is {', '.join(there)}")
+        if limit.min is not None and limit.max is not None and limit.min > limit.max:
+            raise ValueError(f"{key}.{name}: nothing lies between min {limit.min} and max {limit.max}")
 
 
 def check_text(key: str, text: TextWeightsConfig) -> None:

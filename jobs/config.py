@@ -6,7 +6,15 @@ from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from jobs.checks import check_denoiser_loss, check_fits_text, check_preset, check_sampling, check_text, check_timesteps
+from jobs.checks import (
+    check_denoiser_loss,
+    check_fits_text,
+    check_preset,
+    check_sampling,
+    check_scores,
+    check_text,
+    check_timesteps,
+)
 from model.config import (
     DISCRIMINATOR_PRESETS,
     LPIPS_PRESETS,
@@ -100,6 +108,7 @@ class PreprocessJob(Job):
             raise ValueError("stages: name index, latents or both")
         if not bucket_table(self.buckets):
             raise ValueError("buckets.table: has no size")
+        check_scores("filters.scores", self.filters.scores, self.source)
         check_preset("vae.preset", self.vae.preset, VAE_PRESETS)
         if "latents" in self.stages:
             check_text("text", self.text)

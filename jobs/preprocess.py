@@ -80,7 +80,7 @@ def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> None:
 
 def plan(job: PreprocessJob) -> None:
     """Print what would be done."""
-    from pipelines.preprocess.read import list_inputs
+    from pipelines.preprocess.sources.listing import list_inputs
 
     source = Storage(job.source.path, job.storage)
     inputs = list_inputs(source, job.source)

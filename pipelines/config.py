@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -22,16 +22,31 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 Size = tuple[Count, Count]  # (height, width) in pixels
 
 
+DEFAULT_SCORE = "aesthetic_score"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnsConfig:
+    """Names that a source gives to what is read from it. One that is set and not there is an error."""
+
+    caption: str = "caption"
+    """The caption; "" for none."""
+    aesthetic_score: str | None = None
+    """The score that the refiner is conditioned on; None takes "aesthetic_score" where there is one."""
+    scores: Mapping[str, str] = field(default_factory=dict)
+    """Further scores by the name that they get in the index, e.g. {watermark = "pwatermark"}; filters.scores has their
+    limits."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """Where the images are."""
 
     path: str
-    """Folder, local or s3://, with metadata.jsonl (file_name, caption, ...) or a .txt caption beside each image."""
-    caption_column: str = "caption"
-    """Field of metadata.jsonl that holds the caption."""
-    score_column: str = "aesthetic_score"
-    """Field of metadata.jsonl that holds the aesthetic score, where there is one."""
+    """Folder, local or s3://, of images at any depth, with a .txt caption beside each or metadata.jsonl or metadata.csv
+    (file_name, caption, ...) in it or below."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    """What the metadata calls the caption and the scores."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,7 @@ class Column(StrEnum):
     ORIGINAL_SIZE = "original_size"  # (height, width) in pixels, upright, before any resize
     BUCKET = "bucket"  # (height, width) in pixels
     AESTHETIC_SCORE = "aesthetic_score"  # null where the source has none
+    SCORES = "scores"  # further scores that the source has, by name
     FILE_SIZE = "file_size"  # bytes
     DISTINCT_PIXELS = "distinct_pixels"  # distinct pixel values of the image; 256 stands for all above
     CONTRAST = "contrast"  # standard deviation of brightness, of 255, over a thumbnail of 32 x 32
@@ -67,12 +68,14 @@ class Reject(StrEnum):
     LONG_CAPTION = "long_caption"
     NO_SCORE = "no_score"
     LOW_SCORE = "low_score"
+    HIGH_SCORE = "high_score"
     DUPLICATE = "duplicate"
     NEAR_DUPLICATE = "near_duplicate"
 
 
 PAIR = pa.list_(pa.int32(), 2)
 NULLABLE_PAIR = pa.list_(pa.int32())  # Arrow writes a null of a fixed-size list to Parquet and cannot read it back
+SCORES = pa.map_(pa.string(), pa.float32())
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -83,6 +86,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field(Column.ORIGINAL_SIZE, NULLABLE_PAIR),
         pa.field(Column.BUCKET, NULLABLE_PAIR),
         pa.field(Column.AESTHETIC_SCORE, pa.float32()),
+        pa.field(Column.SCORES, SCORES),
         pa.field(Column.FILE_SIZE, pa.int64(), nullable=False),
         pa.field(Column.DISTINCT_PIXELS, pa.int32()),
         pa.field(Column.CONTRAST, pa.float32()),
@@ -93,6 +97,7 @@ INDEX_SCHEMA = pa.schema(
 )
 
 INDEX_ONLY = (  # what no later stage asks for
+    Column.SCORES,
     Column.FILE_SIZE,
     Column.DISTINCT_PIXELS,
     Column.CONTRAST,

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import uuid
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -141,6 +142,19 @@ class Storage:
             if info.type == pafs.FileType.File and not info.base_name.startswith(TEMPORARY)
         ]
         return sorted(files, key=lambda file: file.name)
+
+    def list_table(self) -> pa.Table:
+        """As `list`, of the whole folder, as columns name, size and modified_us: for folders of millions of files."""
+        names, sizes, times = [], array("q"), array("q")
+        selector = pafs.FileSelector(self.path(), recursive=True, allow_not_found=True)
+        start = len(self.root) + 1
+        for info in self.filesystem.get_file_info(selector):
+            if info.type == pafs.FileType.File and not info.base_name.startswith(TEMPORARY):
+                names.append(info.path[start:])
+                sizes.append(info.size)
+                times.append((info.mtime_ns or 0) // 1000)
+        columns = {"name": pa.array(names, pa.string()), "size": pa.array(sizes), "modified_us": pa.array(times)}
+        return pa.table(columns).sort_by("name")
 
     def read(self, name: str) -> bytes:
         """The bytes of `name`. Raises FileNotFoundError if there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -10,6 +11,18 @@ from annotated_types import Ge, Le
 from pipelines.config import Amount, Count, Size, StageResources
 
 MOST_DISTINCT = 256  # distinct pixel values are counted up to here
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreLimits:
+    """Which values of one score are kept, in the source's unit."""
+
+    min: float | None = None
+    """Lowest; None for any."""
+    max: float | None = None
+    """Highest; None for any."""
+    required: bool = False
+    """Whether an image without this score is rejected; limits alone keep it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +49,8 @@ class FilterConfig:
     """Shortest caption, after white space is stripped."""
     max_caption_characters: Count = 1_000_000
     """Longest caption, after white space is stripped. The text encoders see its first 75 tokens."""
-    min_aesthetic_score: float | None = None
-    """Lowest score an image may have, in the source's unit; None for any. An image without a score is kept."""
-    require_aesthetic_score: bool = False
-    """Whether an image without a score is rejected."""
+    scores: Mapping[str, ScoreLimits] = field(default_factory=dict)
+    """Limits by score: "aesthetic_score", or a name of the source's columns.scores, e.g. {watermark = {max = 0.5}}."""
 
 
 @dataclass(frozen=True, kw_only=True)

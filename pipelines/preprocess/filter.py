@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.preprocess.config import FilterConfig
+from pipelines.preprocess.config import FilterConfig, ScoreLimits
 from pipelines.preprocess.near import HASH_BITS, leaders
 from pipelines.schema import INDEX_SCHEMA, Column, Reject
 
 MEASURED = (Reject.UNREADABLE, Reject.TOO_LARGE)  # reasons that measuring gives; the rest are decided here
-Verdict = tuple[Reject, pa.ChunkedArray, pa.ChunkedArray]  # the reason, which rows it rejects (null: none), the detail
+Finding = tuple[pa.ChunkedArray, pa.ChunkedArray]  # which rows are rejected (null: not), and in detail why
+Verdict = tuple[Reject, pa.ChunkedArray, pa.ChunkedArray]  # the reason, and its finding
 Filter = Callable[[pa.Table, FilterConfig], Verdict]
 
 
@@ -86,18 +87,33 @@ def low_contrast(index: pa.Table, config: FilterConfig) -> Verdict:
     return Reject.BLANK, pc.less(contrast, pa.scalar(config.min_contrast, pa.float32())), detail
 
 
-def low_score(index: pa.Table, config: FilterConfig) -> Verdict:
-    """An image with too low an aesthetic score."""
-    score, least = index.column(Column.AESTHETIC_SCORE), config.min_aesthetic_score
-    detail = _text(score, f", and filters.min_aesthetic_score is {least}")
-    return Reject.LOW_SCORE, pc.less(score, pa.scalar(least, pa.float32())), detail
-
-
 def no_score(index: pa.Table, config: FilterConfig) -> Verdict:
-    """An image without an aesthetic score, where the settings want one."""
-    missing = pc.is_null(index.column(Column.AESTHETIC_SCORE))
-    detail = pa.scalar("filters.require_aesthetic_score is true", pa.string())
-    return Reject.NO_SCORE, pc.and_(missing, config.require_aesthetic_score), detail
+    """An image without a score that the settings ask for."""
+
+    def check(score: pa.ChunkedArray, limits: ScoreLimits, setting: str) -> Finding:
+        return pc.and_(pc.is_null(score), limits.required), pa.scalar(f"{setting}.required is true")
+
+    return Reject.NO_SCORE, *_first_score(index, config, check)
+
+
+def low_score(index: pa.Table, config: FilterConfig) -> Verdict:
+    """An image with too low a score. Scores are compared as they are stored, in float32."""
+
+    def check(score: pa.ChunkedArray, limits: ScoreLimits, setting: str) -> Finding:
+        detail = _text(score, f", and {setting}.min is {limits.min}")
+        return pc.less(score, pa.scalar(limits.min, pa.float32())), detail
+
+    return Reject.LOW_SCORE, *_first_score(index, config, check)
+
+
+def high_score(index: pa.Table, config: FilterConfig) -> Verdict:
+    """An image with too high a score."""
+
+    def check(score: pa.ChunkedArray, limits: ScoreLimits, setting: str) -> Finding:
+        detail = _text(score, f", and {setting}.max is {limits.max}")
+        return pc.greater(score, pa.scalar(limits.max, pa.float32())), detail
+
+    return Reject.HIGH_SCORE, *_first_score(index, config, check)
 
 
 FILTERS: tuple[Filter, ...] = (
@@ -109,7 +125,24 @@ FILTERS: tuple[Filter, ...] = (
     low_contrast,
     no_score,
     low_score,
+    high_score,
 )
+
+
+def _first_score(
+    index: pa.Table, config: FilterConfig, check: Callable[[pa.ChunkedArray, ScoreLimits, str], Finding]
+) -> Finding:
+    """What `check` finds of each score that has limits; the first that rejects a row gives the detail."""
+    rejected: pa.ChunkedArray = pa.chunked_array([pa.repeat(False, index.num_rows)])
+    detail: pa.ChunkedArray | pa.Scalar = pa.scalar(None, pa.string())
+    for name, limits in config.scores.items():
+        column = index.column(Column.SCORES)
+        own = name == Column.AESTHETIC_SCORE
+        score = index.column(Column.AESTHETIC_SCORE) if own else pc.map_lookup(column, pa.scalar(name), "first")
+        found, words = check(score, limits, f"filters.scores.{name}")
+        detail = pc.if_else(rejected, detail, words)
+        rejected = pc.or_(rejected, pc.fill_null(found, False))
+    return rejected, detail
 
 
 def mark_duplicates(rows: pa.Table) -> pa.Table:

@@ -14,6 +14,7 @@ from pipelines.config import Size
 from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, decode, header_size
 from pipelines.preprocess.config import MOST_DISTINCT, FilterConfig
 from pipelines.preprocess.near import HASH_SIDE, perceptual_hash
+from pipelines.preprocess.sources.inputs import CAPTION_FILE, PROBLEM
 from pipelines.schema import INDEX_SCHEMA, Column, Reject
 from pipelines.storage import Storage
 
@@ -26,8 +27,10 @@ def measure(inputs: pa.Table, source: Storage, filters: FilterConfig) -> pa.Tabl
 
     def row(values: dict[str, Any]) -> dict[str, Any]:
         index = {name: values.get(name) for name in INDEX_SCHEMA.names}
-        if values[Column.FILE_SIZE] < 0:
-            return index | {Column.REJECT_REASON: Reject.UNREADABLE, Column.REJECT_DETAIL: "there is no such file"}
+        if values[CAPTION_FILE] is not None:
+            index[Column.CAPTION] = _read_caption(source, values[CAPTION_FILE])
+        if values[PROBLEM] is not None:
+            return index | {Column.REJECT_REASON: Reject.UNREADABLE, Column.REJECT_DETAIL: values[PROBLEM]}
         try:
             data = source.read(values[Column.PATH])
         except UNREADABLE_ERRORS as error:  # any other is the storage's: the job ends, and nothing is recorded
@@ -44,7 +47,16 @@ def measure(inputs: pa.Table, source: Storage, filters: FilterConfig) -> pa.Tabl
             return index | _reject(Reject.UNREADABLE, error)
         return index | looks(image)
 
-    return map_rows(row, inputs, INDEX_SCHEMA)
+    measured = map_rows(row, inputs, INDEX_SCHEMA)
+    return measured.drop_columns([name for name in (CAPTION_FILE, PROBLEM) if name in measured.column_names])
+
+
+def _read_caption(source: Storage, name: str) -> str | None:
+    """The caption in a text file; None where the file went since it was listed."""
+    try:
+        return source.read(name).decode("utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
 
 
 def looks(image: Image.Image) -> dict[str, Any]:

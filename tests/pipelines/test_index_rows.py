@@ -16,7 +16,8 @@ from pipelines.preprocess.bucket import assign_buckets
 from pipelines.preprocess.config import FilterConfig
 from pipelines.preprocess.filter import apply_filters, mark_duplicates
 from pipelines.preprocess.measure import measure
-from pipelines.preprocess.read import INPUT_SCHEMA, list_inputs
+from pipelines.preprocess.sources.inputs import INPUT_SCHEMA
+from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.schema import INDEX_SCHEMA, Reject
 from pipelines.storage import Storage
 
@@ -37,6 +38,11 @@ def claiming(width: int, height: int) -> bytes:
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def input_row(path: str) -> pa.Table:
+    row = dict.fromkeys(INPUT_SCHEMA.names) | {"key": "k", "path": path, "caption": "c", "file_size": 7}
+    return pa.Table.from_pylist([row], INPUT_SCHEMA)
 
 
 @pytest.fixture
@@ -171,14 +177,12 @@ def test_a_name_that_no_file_has_is_a_verdict_and_not_the_end_of_the_job(index, 
 
 def test_an_error_of_the_storage_is_not_a_verdict(tmp_path):
     """A listed file whose read fails otherwise than by being gone: recorded, it would stay rejected for ever."""
-    inputs = {"key": ["k"], "path": ["x" * 300], "caption": ["c"], "aesthetic_score": [None], "file_size": [7]}
     with pytest.raises(OSError, match="too long"):
-        measure(pa.Table.from_pydict(inputs, INPUT_SCHEMA), Storage(str(tmp_path)), FilterConfig())
+        measure(input_row("x" * 300), Storage(str(tmp_path)), FilterConfig())
 
 
 def test_a_file_that_went_since_it_was_listed_is_unreadable(tmp_path):
-    inputs = {"key": ["k"], "path": ["gone.png"], "caption": ["c"], "aesthetic_score": [None], "file_size": [7]}
-    (row,) = measure(pa.Table.from_pydict(inputs, INPUT_SCHEMA), Storage(str(tmp_path)), FilterConfig()).to_pylist()
+    (row,) = measure(input_row("gone.png"), Storage(str(tmp_path)), FilterConfig()).to_pylist()
     assert row["reject_reason"] == Reject.UNREADABLE
 
 

@@ -13,12 +13,12 @@ from PIL import Image
 
 from pipelines.config import SourceConfig, StageResources
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
-from pipelines.preprocess.config import BucketConfig, FilterConfig
+from pipelines.preprocess.config import BucketConfig, FilterConfig, ScoreLimits
 from pipelines.preprocess.filter import decide
 from pipelines.preprocess.lease import Lease, LeaseLostError, lease
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.pipeline import Outcome, build_index
-from pipelines.preprocess.read import list_inputs
+from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.preprocess.write import cut, write_units
 from pipelines.schema import INDEX_SCHEMA, Column, data_files, kept_rows
 from pipelines.storage import Storage
@@ -29,6 +29,10 @@ BUCKETS = BucketConfig(resolution=64, multiple=8)
 def fact(path: str, **known: Any) -> dict[str, Any]:
     known = {"id": path, "caption": "words", "original_size": [10, 20], "aesthetic_score": 5.0} | known
     return dict.fromkeys(INDEX_SCHEMA.names) | {"key": path, "path": path, "file_size": 1} | known
+
+
+def limits(name: str, **given: Any) -> dict[str, ScoreLimits]:
+    return {name: ScoreLimits(**given)}
 
 
 def reasons(rows: list[dict[str, Any]], **filters: Any) -> dict[str, str | None]:
@@ -56,11 +60,16 @@ def reasons(rows: list[dict[str, Any]], **filters: Any) -> dict[str, str | None]
         ({"distinct_pixels": 15}, {"min_distinct_pixels": 16}, "blank"),
         ({"contrast": 2.9}, {"min_contrast": 3.0}, "blank"),
         ({"contrast": 3.1}, {"min_contrast": 3.1}, None),
-        ({"aesthetic_score": 4.5}, {"min_aesthetic_score": 4.5}, None),
-        ({"aesthetic_score": 4.25}, {"min_aesthetic_score": 4.5}, "low_score"),
-        ({"aesthetic_score": 4.1}, {"min_aesthetic_score": 4.1}, None),  # compared as stored: float32
-        ({"aesthetic_score": None}, {"min_aesthetic_score": 4.5}, None),
-        ({"aesthetic_score": None}, {"require_aesthetic_score": True}, "no_score"),
+        ({"aesthetic_score": 4.5}, {"scores": limits("aesthetic_score", min=4.5)}, None),
+        ({"aesthetic_score": 4.25}, {"scores": limits("aesthetic_score", min=4.5)}, "low_score"),
+        ({"aesthetic_score": 4.1}, {"scores": limits("aesthetic_score", min=4.1)}, None),  # compared as stored: float32
+        ({"aesthetic_score": None}, {"scores": limits("aesthetic_score", min=4.5)}, None),
+        ({"aesthetic_score": None}, {"scores": limits("aesthetic_score", required=True)}, "no_score"),
+        ({"scores": [("watermark", 0.5)]}, {"scores": limits("watermark", max=0.5)}, None),
+        ({"scores": [("watermark", 0.75)]}, {"scores": limits("watermark", max=0.5)}, "high_score"),
+        ({"scores": [("unsafe", 0.75)]}, {"scores": limits("watermark", max=0.5)}, None),
+        ({"scores": [("unsafe", 0.75)]}, {"scores": limits("watermark", max=0.5, required=True)}, "no_score"),
+        ({"scores": [("a", 0.25), ("b", 0.25)]}, {"scores": limits("a", max=0.5) | limits("b", min=0.5)}, "low_score"),
         ({"reject_reason": "unreadable", "original_size": None, "id": None}, {}, "unreadable"),
         ({"reject_reason": "too_large", "original_size": [1, 9]}, {"max_aspect": 2.0}, "too_large"),
         ({"reject_reason": "too_small", "reject_detail": "earlier"}, {}, None),
@@ -74,6 +83,13 @@ def test_an_original_that_a_threshold_rejects_gives_its_place_to_the_next():
     rows = [fact("a", id="x", caption=""), fact("b", id="x"), fact("c", id="x")]
     assert reasons(rows) == {"a": "no_caption", "b": None, "c": "duplicate"}
     assert reasons(rows, min_caption_characters=0) == {"a": None, "b": "duplicate", "c": "duplicate"}
+
+
+def test_a_rejected_score_is_named_with_its_limit():
+    rows = [fact("a", scores=[("watermark", 0.75), ("unsafe", 0.25)])]
+    filters = FilterConfig(scores=limits("unsafe", max=0.5) | limits("watermark", max=0.5))
+    (row,) = decide(pa.Table.from_pylist(rows, INDEX_SCHEMA), filters).to_pylist()
+    assert row["reject_detail"] == "0.75, and filters.scores.watermark.max is 0.5"
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,0 +1,137 @@
+"""A folder of images as a source: captions beside them as .txt, or in metadata files (the imagefolder convention)."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.config import SourceConfig
+from pipelines.preprocess.sources.columns import Records, check_columns
+from pipelines.preprocess.sources.inputs import CAPTION_FILE, IMAGE_NAME, IMAGE_SUFFIXES, PROBLEM, STAMP
+from pipelines.schema import Column
+from pipelines.storage import Storage
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+FILE_NAME = "file_name"  # the column that the convention gives the image's place, below the metadata file's folder
+MISSING = "there is no such file"
+
+
+def list_folder(source: Storage, files: pa.Table, config: SourceConfig) -> pa.Table:
+    """Inputs without keys: the image files among `files`, and what metadata files name.
+
+    A metadata file describes images in its folder and below; the nearest goes before. Where it gives no caption, the
+    text file of the image's name does. An image that is described and not there is an input too, with its problem.
+    Raises FileNotFoundError where there is no image, ValueError naming the line where a metadata file is wrong.
+    """
+    names = files.column("name")
+    images = names.filter(pc.match_substring_regex(names, IMAGE_NAME, ignore_case=True))
+    if not len(images):
+        raise FileNotFoundError(f"source.path {config.path}: no image with a suffix of {', '.join(IMAGE_SUFFIXES)}")
+    described, records = _read_metadata(source, names, config)
+    paths = pc.unique(pa.chunked_array([*images.chunks, pa.array(described, pa.string())]))
+    told = records.table().take(pc.index_in(paths, pa.array(described, pa.string())))
+    place = pc.index_in(paths, names)
+    sidecars = pc.replace_substring_regex(paths, r"\.[^./]*$", "")
+    beside = pc.index_in(pc.binary_join_element_wise(sidecars, ".txt", ""), names)
+    beside = pc.if_else(pc.is_null(told.column(Column.CAPTION)), beside, None)
+    stamps = pc.binary_join_element_wise(
+        pc.cast(files.column("size"), pa.string()), pc.cast(files.column("modified_us"), pa.string()), ":"
+    )
+    caption_stamps = stamps.take(beside)
+    return pa.table(
+        {
+            Column.PATH: paths,
+            Column.CAPTION: told.column(Column.CAPTION),
+            CAPTION_FILE: names.take(beside),
+            Column.AESTHETIC_SCORE: told.column(Column.AESTHETIC_SCORE),
+            Column.SCORES: told.column(Column.SCORES),
+            Column.FILE_SIZE: pc.fill_null(files.column("size").take(place), -1),
+            PROBLEM: pc.if_else(pc.is_null(place), MISSING, None),
+            STAMP: pc.binary_join_element_wise(
+                stamps.take(place), caption_stamps, " ", null_handling="replace", null_replacement="-"
+            ),
+        }
+    )
+
+
+def _read_metadata(source: Storage, names: pa.ChunkedArray, config: SourceConfig) -> tuple[list[str], Records]:
+    """The paths that metadata files describe, and what they say of each."""
+    found = names.filter(pc.match_substring_regex(names, "(^|/)(" + "|".join(METADATA).replace(".", r"\.") + ")$"))
+    files = sorted(found.to_pylist(), key=lambda name: (-name.count("/"), name))  # the nearest to the images first
+    folders = [name.rpartition("/")[0] for name in files]
+    for one, other in pairwise(files):
+        if one.rpartition("/")[0] == other.rpartition("/")[0]:
+            raise ValueError(f"{source.uri}: {one} and {other} both describe the images of one folder; keep one")
+    records = Records(config.columns)
+    described: dict[str, int] = {}  # in which line; lines count on from file to file
+    before = 0
+    for name, folder in zip(files, folders, strict=True):
+        where, is_csv = f"{source.uri.rstrip('/')}/{name}", name.endswith(".csv")
+        fields: dict[str, None] = {}
+        number = 0
+        for number, row in (_csv_rows if is_csv else _json_rows)(_without_mark(source.read(name)), where):
+            line = f"{where}, line {number}"
+            if not isinstance(row.get(FILE_NAME), str):
+                raise ValueError(f'{line}: "{FILE_NAME}" is missing')
+            path = row[FILE_NAME] and posixpath.normpath(posixpath.join(folder, row[FILE_NAME]))
+            if described.get(path, 0) > before:
+                raise ValueError(f"{line}: line {described[path] - before} describes {row[FILE_NAME]} already")
+            fields |= dict.fromkeys(row)
+            if path not in described:
+                described[path] = before + number
+                records.add(row, line, numbers_are_text=is_csv)
+        if fields:
+            check_columns(fields, config.columns, where)
+        before += number
+    return list(described), records
+
+
+def _without_mark(data: bytes) -> bytes:
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def _json_rows(data: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and fields of each row."""
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:  # of the encoding, or of the syntax
+            raise ValueError(f"{where}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f'{where}, line {number}: "{FILE_NAME}" is missing')
+        yield number, row
+
+
+def _csv_rows(data: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and fields of each row; an empty field is none."""
+    try:
+        reader = csv.reader(io.StringIO(data.decode("utf-8"), newline=""), strict=True)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}, line {1 + data[: error.start].count(10)}: not UTF-8: {error}") from error
+    head: list[str] | None = None
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{where}, line {reader.line_num}: not CSV: {error}") from error
+        if fields is None:
+            return
+        if not fields:
+            continue
+        if head is None:
+            head = fields
+            continue
+        if len(fields) != len(head):
+            raise ValueError(f"{where}, line {reader.line_num}: {len(fields)} fields, and the head has {len(head)}")
+        yield reader.line_num, {name: value or None for name, value in zip(head, fields, strict=True)}

@@ -1,0 +1,68 @@
+"""Inputs: one row for each image that a source has, before anything of the image is read, and the key that it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.schema import SCORES, Column, digest
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+IMAGE_NAME = r"\.(" + "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES) + ")$"
+
+STAMP = "stamp"  # size and modification time of the files that the row was found in
+CAPTION_FILE = "caption_file"  # text file that has the caption, read together with the image
+PROBLEM = "problem"  # why there is nothing to read; null where there is
+
+INPUT_SCHEMA = pa.schema(
+    [
+        pa.field(Column.KEY, pa.string(), nullable=False),
+        pa.field(Column.PATH, pa.string(), nullable=False),
+        pa.field(Column.CAPTION, pa.string()),
+        pa.field(CAPTION_FILE, pa.string()),
+        pa.field(Column.AESTHETIC_SCORE, pa.float32()),
+        pa.field(Column.SCORES, SCORES),
+        pa.field(Column.FILE_SIZE, pa.int64(), nullable=False),
+        pa.field(PROBLEM, pa.string()),
+    ]
+)
+IDENTITY_ROWS = 65_536  # rows whose identities are in memory as Python values at a time
+
+
+def keyed(rows: pa.Table) -> pa.Table:
+    """Inputs with STAMP in place of their key, as INPUT_SCHEMA, sorted by path.
+
+    A key stands for all that an index row is made of: where the image lies, its file's stamp, caption and scores.
+    """
+    rows = rows.sort_by(Column.PATH)
+    identity = [STAMP, *(name for name in INPUT_SCHEMA.names if name not in (Column.KEY, Column.FILE_SIZE, PROBLEM))]
+    keys = [
+        digest(list(values))
+        for batch in rows.select(identity).to_batches(IDENTITY_ROWS)
+        for values in zip(*(column.to_pylist() for column in batch.columns), strict=True)
+    ]
+    rows = rows.append_column(Column.KEY, pa.array(keys, pa.string()))
+    return rows.select(INPUT_SCHEMA.names).cast(INPUT_SCHEMA)
+
+
+def scores_column(scores: dict[str, pa.Array], rows: int) -> pa.Array:
+    """Columns of float32, by name, as one column of maps; a null is no entry."""
+    if not scores:
+        return pa.nulls(rows, SCORES)
+    names = sorted(scores)
+    by_row = np.arange(len(names) * rows).reshape(len(names), rows).T.ravel()
+    values = pa.concat_arrays([scores[name] for name in names]).take(pa.array(by_row))
+    keys = pa.array(names, pa.string()).take(pa.array(by_row // max(1, rows)))
+    there = pc.is_valid(values)
+    ends = np.cumsum(there.to_numpy(zero_copy_only=False))[len(names) - 1 :: len(names)]
+    offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
+    return pa.MapArray.from_arrays(offsets, keys.filter(there), values.filter(there)).cast(SCORES)
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Some names, for a message."""
+    found = list(names)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")

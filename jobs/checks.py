@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from model.config import TEXT_PRESETS, DenoiserLossConfig, DiffusionConfig, TimestepBias, UNetConfig
-from pipelines.config import DEFAULT_SCORE, SamplingConfig, SourceConfig, TextWeightsConfig
+from pipelines.config import DEFAULT_SCORE, SamplingConfig, SourceConfig, TextWeightsConfig, all_sources
 from pipelines.preprocess.config import ScoreLimits
 
 
@@ -15,11 +15,22 @@ def check_preset(key: str, name: str, presets: Iterable[str]) -> None:
         raise ValueError(f"{key}: there is no preset {name!r}; there are {', '.join(presets)}")
 
 
-def check_scores(key: str, limits: Mapping[str, ScoreLimits], source: SourceConfig) -> None:
-    """Limits are set on scores that the source has, and leave something between them."""
-    if DEFAULT_SCORE in source.columns.scores:
+def check_sources(prefix: str, source: SourceConfig | None, sources: Sequence[SourceConfig]) -> None:
+    """There is one source or several, and each has a name of its own."""
+    if (source is None) != bool(sources):
+        raise ValueError(f"{prefix}source: give a source, or {prefix}sources with several")
+    names = [one.name for one in all_sources(source, tuple(sources))]
+    for name in names:
+        if not name or names.count(name) > 1:
+            raise ValueError(f"{prefix}sources: {names.count(name)} have the name {name!r}; each needs its own")
+
+
+def check_scores(key: str, limits: Mapping[str, ScoreLimits], sources: Sequence[SourceConfig]) -> None:
+    """Limits are set on scores that a source has, and leave something between them."""
+    named = [name for source in sources for name in source.columns.scores]
+    if DEFAULT_SCORE in named:
         raise ValueError(f"source.columns.scores.{DEFAULT_SCORE}: set source.columns.{DEFAULT_SCORE} instead")
-    there = [DEFAULT_SCORE, *source.columns.scores]
+    there = [DEFAULT_SCORE, *dict.fromkeys(named)]
     for name, limit in limits.items():
         if name not in there:
             raise ValueError(f"{key}.{name}: source.columns names no such score; there is {', '.join(there)}")

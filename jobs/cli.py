@@ -144,11 +144,16 @@ def _override(values: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text  # a bare word, such as a path
     *parents, last = key.split(".")
-    table = values
+    table: Any = values
     for parent in parents:
-        table = table.setdefault(parent, {})
-        if not isinstance(table, dict):
+        if isinstance(table, list) and parent.isdecimal() and int(parent) < len(table):
+            table = table[int(parent)]
+        else:
+            table = table.setdefault(parent, {}) if isinstance(table, dict) else None
+        if not isinstance(table, dict | list):
             raise JobError(f"{key}: {parent} is not a table")
+    if not isinstance(table, dict):
+        raise JobError(f"{key}: {parents[-1]} is no table with a {last}")
     table[last] = value
 
 
@@ -157,6 +162,10 @@ def _make_absolute(values: dict[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, dict):
             _make_absolute(value)
+        elif isinstance(value, list):
+            for item in value:
+                if isinstance(item, dict):
+                    _make_absolute(item)
         elif isinstance(value, str) and "://" not in value:
             name_or_path = key in ("clip_l", "bigg") and os.path.exists(value)
             if key in PATHS or name_or_path:

@@ -12,6 +12,7 @@ from jobs.checks import (
     check_preset,
     check_sampling,
     check_scores,
+    check_sources,
     check_text,
     check_timesteps,
 )
@@ -32,6 +33,7 @@ from pipelines.config import (
     TextWeightsConfig,
     TrackingConfig,
     WeightsConfig,
+    all_sources,
 )
 from pipelines.evaluate.config import GenerateConfig
 from pipelines.preprocess.config import BucketConfig, EncodeConfig, FilterConfig
@@ -77,8 +79,10 @@ class PreprocessJob(Job):
 
     stages: tuple[Literal["index", "latents"], ...] = ("index", "latents")
     """Which of the two to bring up to date."""
-    source: SourceConfig
+    source: SourceConfig | None = None
     """Where the images are."""
+    sources: tuple[SourceConfig, ...] = ()
+    """In place of `source`, several, each with a name of its own."""
     index: str
     """Folder of the index dataset."""
     latents: str | None = None
@@ -100,6 +104,11 @@ class PreprocessJob(Job):
     index_rows_per_file: Count = 1024
     """Images per task and per Parquet file of the index."""
 
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The source, or the sources."""
+        return all_sources(self.source, self.sources)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         from pipelines.preprocess.bucket import bucket_table
@@ -108,7 +117,8 @@ class PreprocessJob(Job):
             raise ValueError("stages: name index, latents or both")
         if not bucket_table(self.buckets):
             raise ValueError("buckets.table: has no size")
-        check_scores("filters.scores", self.filters.scores, self.source)
+        check_sources("", self.source, self.sources)
+        check_scores("filters.scores", self.filters.scores, self.all_sources)
         check_preset("vae.preset", self.vae.preset, VAE_PRESETS)
         if "latents" in self.stages:
             check_text("text", self.text)
@@ -165,6 +175,7 @@ class TrainVAEJob(TrainingJob):
     @model_validator(mode="after")
     def _check_task(self) -> Self:
         check_preset("task.vae.preset", self.task.vae.preset, VAE_PRESETS)
+        check_sources("task.", self.task.source, self.task.sources)
         check_preset("task.discriminator", self.task.discriminator, DISCRIMINATOR_PRESETS)
         loss, lpips = self.task.loss, self.task.lpips
         for name in ("perceptual_weight", "kl_weight", "adversarial_weight", "adversarial_start_images"):

@@ -1,4 +1,4 @@
-"""Bring the index and the latents up to date with their source: python -m jobs.preprocess CONFIG.toml"""
+"""Bring the index and the latents up to date with their sources: python -m jobs.preprocess CONFIG.toml"""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> None:
     """Run one stage under its MLflow run, and print what it did."""
     from pipelines.preprocess.pipeline import Outcome, build_index, build_latents
 
-    source, index = Storage(job.source.path, job.storage), Storage(job.index, job.storage)
+    index = Storage(job.index, job.storage)
     inputs = []
     if stage == "latents":
         inputs = [Lineage(name="index", uri=index.uri, manifest=require_manifest(index, "index"))]
@@ -44,10 +44,9 @@ def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> None:
         outcome: Outcome
         if stage == "index":
             outcome = build_index(
-                source_config=job.source,
+                sources=job.all_sources,
                 filters=job.filters,
                 buckets=job.buckets,
-                source=source,
                 held=held,
                 rows_per_file=job.index_rows_per_file,
                 resources=job.tasks,
@@ -59,7 +58,7 @@ def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> None:
                 crop=job.crop,
                 encode=job.encode,
                 max_pixels=job.filters.max_pixels,
-                source=source,
+                sources=job.all_sources,
                 index=index,
                 held=held,
                 resources=job.tasks,
@@ -80,12 +79,11 @@ def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> None:
 
 def plan(job: PreprocessJob) -> None:
     """Print what would be done."""
-    from pipelines.preprocess.sources.listing import list_inputs
+    from pipelines.preprocess.sources.listing import list_source
 
-    source = Storage(job.source.path, job.storage)
-    inputs = list_inputs(source, job.source)
+    for source in job.all_sources:
+        print(f"{source.name}: {list_source(source, job.storage).num_rows} images in {source.path}")
     table = bucket_table(job.buckets)
-    print(f"source: {inputs.num_rows} images in {source.uri}")
     print(f"buckets: {len(table)}, from {table[0][0]} x {table[0][1]} to {table[-1][0]} x {table[-1][1]} (h x w)")
     for kind, folder in (("index", job.index), ("latents", job.latents)):
         manifest = read_manifest(Storage(folder, job.storage), kind) if folder else None

@@ -42,11 +42,19 @@ class ColumnsConfig:
 class SourceConfig:
     """Where the images are."""
 
+    name: str = "source"
+    """What the index calls this source. Together with its path in the source it names an image; another name makes
+    other rows."""
     path: str
     """Folder, local or s3://, of images at any depth, with a .txt caption beside each or metadata.jsonl or metadata.csv
     (file_name, caption, ...) in it or below."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     """What the metadata calls the caption and the scores."""
+
+
+def all_sources(source: SourceConfig | None, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+    """One source, or several."""
+    return sources if source is None else (source,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +180,13 @@ EXPERIMENTS: Mapping[str, str] = {
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
+    """Nested settings by dotted name; tables in a list are named by their number."""
     result: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
             result |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+            result |= flat({str(number): item for number, item in enumerate(value)}, f"{prefix}{key}.")
         else:
             result[f"{prefix}{key}"] = value
     return result

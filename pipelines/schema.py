@@ -35,7 +35,8 @@ class Column(StrEnum):
 
     KEY = "key"  # what makes the row this row: a hash of the input and all that it is made of
     ID = "id"  # sha256 of the image file's bytes, 32 hex digits; null where they could not be read
-    PATH = "path"  # file name below the source folder
+    SOURCE = "source"  # name of the source that the image is of
+    PATH = "path"  # file name below the source's folder
     CAPTION = "caption"
     ORIGINAL_SIZE = "original_size"  # (height, width) in pixels, upright, before any resize
     BUCKET = "bucket"  # (height, width) in pixels
@@ -81,6 +82,7 @@ INDEX_SCHEMA = pa.schema(
     [
         pa.field(Column.KEY, pa.string(), nullable=False),
         pa.field(Column.ID, pa.string()),
+        pa.field(Column.SOURCE, pa.string(), nullable=False),
         pa.field(Column.PATH, pa.string(), nullable=False),
         pa.field(Column.CAPTION, pa.string()),
         pa.field(Column.ORIGINAL_SIZE, NULLABLE_PAIR),
@@ -205,7 +207,7 @@ class Manifest:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Numbers about the rows that a later stage asks for."""
     failed: Mapping[str, str] = field(default_factory=dict)
-    """Latents: paths of kept rows that could not be encoded, and why. They are tried again by the next run."""
+    """Latents: source:path of kept rows that could not be encoded, and why. They are tried again by the next run."""
     files: str
     """Name of the Parquet file that lists the data files."""
     digest: str = ""

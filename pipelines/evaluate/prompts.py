@@ -72,7 +72,8 @@ def _prompts(config: PromptsConfig, options: StorageOptions) -> Iterator[Prompt]
     )
     if config.index is not None:
         index = Storage(config.index, options)
-        rows = kept_rows(index, require_manifest(index, "index")).sort_by(Column.PATH)
+        rows = kept_rows(index, require_manifest(index, "index"))
+        rows = rows.sort_by([(Column.SOURCE, "ascending"), (Column.PATH, "ascending")])
         for row in rows.slice(0, config.count).to_pylist():
             yield replace(
                 shared,

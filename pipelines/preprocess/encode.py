@@ -17,16 +17,17 @@ from model.vae import VAE, Posterior
 from pipelines import networks
 from pipelines.config import CropConfig, Size, TextWeightsConfig, WeightsConfig
 from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, crop_pixels, decode, draw_crop
+from pipelines.originals import Originals
 from pipelines.preprocess.config import EncodeConfig
 from pipelines.preprocess.measure import map_rows
 from pipelines.preprocess.write import FAILURE
 from pipelines.schema import PAIR, Column, latents_schema, tensor_column
-from pipelines.storage import Storage, StorageOptions
+from pipelines.storage import StorageOptions
 
 PIXELS = "pixels"  # uint8 [height, width, 3] of the bucket, as fixed-size bytes
 
 
-def crop_images(rows: pa.Table, source: Storage, crop: CropConfig, max_pixels: int) -> pa.Table:
+def crop_images(rows: pa.Table, originals: Originals, crop: CropConfig, max_pixels: int) -> pa.Table:
     """Index rows of one bucket, with pixels, crop_top_left, target_size and flip, or the failure."""
     height, width = rows.column(Column.BUCKET)[0].as_py()
     schema = rows.schema
@@ -41,7 +42,7 @@ def crop_images(rows: pa.Table, source: Storage, crop: CropConfig, max_pixels: i
 
     def row(values: dict[str, Any]) -> dict[str, Any]:
         try:
-            data = source.read(values[Column.PATH])
+            data = originals.read(values)
         except UNREADABLE_ERRORS as error:
             return values | {FAILURE: f"{type(error).__name__}: {error}"}
         if content_id(data) != values[Column.ID]:
@@ -96,7 +97,8 @@ class Encoder:
         for array in tensors.values():
             finite &= np.isfinite(array.reshape(len(array), -1)).all(1) if len(array) else finite
         schema = latents_schema(mean.shape[1:], context.shape[1:], pooled.shape[1:])
-        for name in (Column.PATH, FAILURE, *(name for name in rows.column_names if name.startswith("unit"))):
+        unit = [name for name in rows.column_names if name.startswith("unit")]
+        for name in (Column.SOURCE, Column.PATH, FAILURE, *unit):
             schema = schema.append(rows.schema.field(name))
         reason = f"not finite in {self.config.dtype}"
         if self.config.dtype == "float16":

@@ -146,24 +146,25 @@ def _first_score(
 
 
 def mark_duplicates(rows: pa.Table) -> pa.Table:
-    """The verdict on exact duplicates, over all rows of an index: of equal ids the smallest path is kept.
+    """The verdict on exact duplicates, over all rows of an index: of equal ids the smallest (source, path) is kept.
 
-    Takes and returns columns id, path, reject_reason, reject_detail, in the same order. It depends on the set of rows
-    alone, not on the order in which they were found: a row that was a duplicate before is judged again.
+    Takes and returns columns id, source, path, reject_reason, reject_detail, in the same order. It depends on the set
+    of rows alone, not on the order in which they were found: a row that was a duplicate before is judged again.
     """
     reasons, details = rows.column(Column.REJECT_REASON), rows.column(Column.REJECT_DETAIL)
     judged = pc.fill_null(pc.equal(reasons, str(Reject.DUPLICATE)), True).to_numpy()
     places = np.flatnonzero(judged)
     if not len(places):
         return rows
-    found = rows.select([Column.ID, Column.PATH]).take(places)
-    order = pc.sort_indices(found, sort_keys=[(Column.ID, "ascending"), (Column.PATH, "ascending")]).to_numpy()
+    wishes = [(Column.ID, "ascending"), (Column.SOURCE, "ascending"), (Column.PATH, "ascending")]
+    found = rows.select([name for name, _ in wishes]).take(places)
+    order = pc.sort_indices(found, sort_keys=wishes).to_numpy()
     codes = found.column(Column.ID).combine_chunks().dictionary_encode("encode").indices.to_numpy()[order]
     first = np.concatenate([[True], codes[1:] != codes[:-1]])
     origin = np.arange(rows.num_rows)  # of each row, the row that is kept for it
     origin[places[order]] = places[order][np.flatnonzero(first)[np.cumsum(first) - 1]]
     duplicate = pa.array(origin != np.arange(rows.num_rows))
-    detail = _text("the same bytes as ", rows.column(Column.PATH).take(pa.array(origin)))
+    detail = _text("the same bytes as ", _names(rows, origin))
     standing = pa.array(~judged)
     reasons = pc.if_else(duplicate, str(Reject.DUPLICATE), _where(standing, reasons))
     return _with_verdicts(rows, reasons, pc.if_else(duplicate, detail, _where(standing, details)))
@@ -172,17 +173,18 @@ def mark_duplicates(rows: pa.Table) -> pa.Table:
 def mark_near_duplicates(rows: pa.Table, config: FilterConfig) -> pa.Table:
     """The verdict on images that look alike, over all rows of an index that nothing else rejects.
 
-    The one with the largest area is kept, of equals the smallest path; preprocess/near.py says what follows for others.
+    The one with the largest area is kept, of equals the smallest (source, path); preprocess/near.py says what follows
+    for others.
     """
     reasons, details = rows.column(Column.REJECT_REASON), rows.column(Column.REJECT_DETAIL)
     if config.near_duplicate_bits is None:
         return rows
     judged = pc.and_(pc.is_null(reasons), pc.is_valid(rows.column(Column.PERCEPTUAL_HASH)))
     places = np.flatnonzero(judged.to_numpy())
-    found = rows.select([Column.PATH, Column.KEY, Column.PERCEPTUAL_HASH]).take(places)
+    found = rows.select([Column.SOURCE, Column.PATH, Column.KEY, Column.PERCEPTUAL_HASH]).take(places)
     height, width = (pc.cast(side, pa.int64()).take(places) for side in _sides(rows))
     found = found.append_column("area", pc.multiply(height, width))
-    wishes = [("area", "descending"), (Column.PATH, "ascending"), (Column.KEY, "ascending")]
+    wishes = [("area", "descending"), *((name, "ascending") for name in (Column.SOURCE, Column.PATH, Column.KEY))]
     order = pc.sort_indices(found, sort_keys=wishes).to_numpy()
     places, hashes = places[order], found.column(Column.PERCEPTUAL_HASH).to_numpy()[order]
     leader = leaders(hashes, config.near_duplicate_bits)
@@ -192,9 +194,16 @@ def mark_near_duplicates(rows: pa.Table, config: FilterConfig) -> pa.Table:
     differing[places] = np.bitwise_count(hashes ^ hashes[leader])
     near = pa.array(origin != np.arange(rows.num_rows))
     words = f" of {HASH_BITS} bits from "
-    detail = _text(pa.chunked_array([differing]), words, rows.column(Column.PATH).take(pa.array(origin)))
+    detail = _text(pa.chunked_array([differing]), words, _names(rows, origin))
     reasons = pc.if_else(near, str(Reject.NEAR_DUPLICATE), reasons)
     return _with_verdicts(rows, reasons, pc.if_else(near, detail, details))
+
+
+def _names(rows: pa.Table, origin: np.ndarray) -> pa.ChunkedArray:
+    """For each row the path of the row `origin`, with its source before it where that is another."""
+    sources, taken = rows.column(Column.SOURCE), rows.select([Column.SOURCE, Column.PATH]).take(pa.array(origin))
+    source, path = taken.column(Column.SOURCE), taken.column(Column.PATH)
+    return pc.if_else(pc.equal(source, sources), path, _text(source, ":", path))
 
 
 def _caption_length(index: pa.Table) -> pa.ChunkedArray:

@@ -12,27 +12,27 @@ from PIL import Image
 
 from pipelines.config import Size
 from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, decode, header_size
+from pipelines.originals import Originals
 from pipelines.preprocess.config import MOST_DISTINCT, FilterConfig
 from pipelines.preprocess.near import HASH_SIDE, perceptual_hash
 from pipelines.preprocess.sources.inputs import CAPTION_FILE, PROBLEM
 from pipelines.schema import INDEX_SCHEMA, Column, Reject
-from pipelines.storage import Storage
 
 LEAST_HASHED_CONTRAST = 1.0  # of 255; below, a hash would be one of rounding
 READ_THREADS = 8  # reads in flight per task; decoding releases the interpreter lock
 
 
-def measure(inputs: pa.Table, source: Storage, filters: FilterConfig) -> pa.Table:
+def measure(inputs: pa.Table, originals: Originals, filters: FilterConfig) -> pa.Table:
     """Inputs -> index rows with id, original size, looks and, for an image that cannot be read, the reason."""
 
     def row(values: dict[str, Any]) -> dict[str, Any]:
         index = {name: values.get(name) for name in INDEX_SCHEMA.names}
         if values[CAPTION_FILE] is not None:
-            index[Column.CAPTION] = _read_caption(source, values[CAPTION_FILE])
+            index[Column.CAPTION] = _read_caption(originals, values)
         if values[PROBLEM] is not None:
             return index | {Column.REJECT_REASON: Reject.UNREADABLE, Column.REJECT_DETAIL: values[PROBLEM]}
         try:
-            data = source.read(values[Column.PATH])
+            data = originals.read(values)
         except UNREADABLE_ERRORS as error:  # any other is the storage's: the job ends, and nothing is recorded
             return index | _reject(Reject.UNREADABLE, error)
         index[Column.ID] = content_id(data)
@@ -51,12 +51,13 @@ def measure(inputs: pa.Table, source: Storage, filters: FilterConfig) -> pa.Tabl
     return measured.drop_columns([name for name in (CAPTION_FILE, PROBLEM) if name in measured.column_names])
 
 
-def _read_caption(source: Storage, name: str) -> str | None:
+def _read_caption(originals: Originals, values: dict[str, Any]) -> str | None:
     """The caption in a text file; None where the file went since it was listed."""
     try:
-        return source.read(name).decode("utf-8", errors="replace").strip()
+        data = originals.storage(values[Column.SOURCE]).read(values[CAPTION_FILE])
     except FileNotFoundError:
         return None
+    return data.decode("utf-8", errors="replace").strip()
 
 
 def looks(image: Image.Image) -> dict[str, Any]:

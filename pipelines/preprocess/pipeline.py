@@ -1,4 +1,4 @@
-"""Preprocessing as two lists of stages: source -> index, and index -> latents. Both stream through Ray Data."""
+"""Preprocessing as two lists of stages: sources -> index, and index -> latents. Both stream through Ray Data."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ray.data import Dataset
 
 from pipelines import networks
 from pipelines.config import CropConfig, SourceConfig, StageResources, TextWeightsConfig, WeightsConfig
+from pipelines.originals import Originals
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
 from pipelines.preprocess.config import BucketConfig, EncodeConfig, FilterConfig
 from pipelines.preprocess.encode import Encoder, crop_images
@@ -51,6 +52,7 @@ from pipelines.storage import Storage
 JUDGED = [  # what verdicts follow from
     Column.KEY,
     Column.ID,
+    Column.SOURCE,
     Column.PATH,
     Column.CAPTION,
     Column.ORIGINAL_SIZE,
@@ -74,20 +76,19 @@ class Outcome:
     done: int
     """Rows that this run made."""
     failures: Mapping[str, str]
-    """Paths that could not be made, and why."""
+    """Images that could not be made, as source:path, and why."""
 
 
 def build_index(
     *,
-    source_config: SourceConfig,
+    sources: Sequence[SourceConfig],
     filters: FilterConfig,
     buckets: BucketConfig,
-    source: Storage,
     held: Lease,
     rows_per_file: int,
     resources: StageResources,
 ) -> Outcome:
-    """Bring the index up to date with its source: one row for every input, kept or with its reason."""
+    """Bring the index up to date with its sources: one row for every input, kept or with its reason."""
     dataset = held.dataset
     dataset.remove_incomplete()
     table = bucket_table(buckets)
@@ -97,13 +98,14 @@ def build_index(
         "buckets": [list(size) for size in table],
     }
     folder = _folder(fingerprint)
-    inputs = list_inputs(source, source_config)
+    inputs = list_inputs(sources, dataset.options)
     new = missing(inputs, stored(dataset, folder))
     units = cut(new, rows_per_file)
     if units:
+        originals = Originals(sources, dataset.options)
         stages = (
             dataset_of(units)
-            .map_batches(partial(measure, source=source, filters=filters), **tasks(resources))
+            .map_batches(partial(measure, originals=originals, filters=filters), **tasks(resources))
             .map_batches(partial(assign_buckets, table=table), **tasks(resources))
             .map_batches(
                 partial(write_units, dataset=dataset, folder=folder, compression=INDEX_COMPRESSION), **tasks(resources)
@@ -121,7 +123,7 @@ def build_latents(
     crop: CropConfig,
     encode: EncodeConfig,
     max_pixels: int,
-    source: Storage,
+    sources: Sequence[SourceConfig],
     index: Storage,
     held: Lease,
     resources: StageResources,
@@ -138,13 +140,17 @@ def build_latents(
     }
     folder = _folder(made_by)
     kept = kept_rows(index, index_manifest)
+    originals = Originals(sources, dataset.options)
+    originals.check(kept)
     rows = missing(kept, stored(dataset, folder))
     units = cut(rows, encode.rows_per_file, _by_bucket(rows))
     failures: dict[str, str] = {}
     if units:
         stages = (
             dataset_of(units)
-            .map_batches(partial(crop_images, source=source, crop=crop, max_pixels=max_pixels), **tasks(resources))
+            .map_batches(
+                partial(crop_images, originals=originals, crop=crop, max_pixels=max_pixels), **tasks(resources)
+            )
             .map_batches(Encoder, fn_constructor_args=(vae, text, encode, dataset.options), **actors(encode.resources))
             .map_batches(
                 partial(write_units, dataset=dataset, folder=folder, compression=LATENTS_COMPRESSION),
@@ -184,11 +190,11 @@ def _by_bucket(rows: pa.Table) -> dict[str, pa.Array]:
 
 
 def _run(stages: Dataset, label: str, rows: int) -> dict[str, str]:
-    """Run the stages to their end; gives the paths that failed, and why."""
+    """Run the stages to their end; gives the images that failed, as source:path, and why."""
     failures: dict[str, str] = {}
     with progress(label, rows) as bar:
         for unit in stages.iter_rows():
-            failures |= {failure[Column.PATH]: failure[FAILURE] for failure in unit["failures"]}
+            failures |= {f"{row[Column.SOURCE]}:{row[Column.PATH]}": row[FAILURE] for row in unit["failures"]}
             bar.update(unit["rows"] + len(unit["failures"]))
         if bar.n != rows:
             raise RuntimeError(f"{label}: {rows} rows went in and {bar.n} came out")

@@ -47,7 +47,7 @@ def cut(rows: pa.Table, size: int, groups: Mapping[str, pa.Array] | None = None)
 
 
 def write_units(rows: pa.Table, dataset: Storage, folder: str, compression: str | None) -> pa.Table:
-    """Write the units that a task holds; gives one row per unit: its name, rows written, and failures with paths."""
+    """Write the units that a task holds; gives one row per unit: its name, rows written, and which images failed."""
     report = []
     for name in pc.unique(rows.column(UNIT)).to_pylist():
         unit = rows.filter(pc.equal(rows.column(UNIT), name))
@@ -57,8 +57,8 @@ def write_units(rows: pa.Table, dataset: Storage, folder: str, compression: str 
         failures: list[dict[str, str]] = []
         if FAILURE in unit.column_names:
             failed = unit.filter(pc.is_valid(unit.column(FAILURE)))
-            failures = failed.select([Column.PATH, FAILURE]).to_pylist()
-            unit = unit.filter(pc.is_null(unit.column(FAILURE))).drop_columns([FAILURE, Column.PATH])
+            failures = failed.select([Column.SOURCE, Column.PATH, FAILURE]).to_pylist()
+            unit = unit.filter(pc.is_null(unit.column(FAILURE))).drop_columns([FAILURE, Column.SOURCE, Column.PATH])
         if unit.num_rows:
             write_rows(unit.drop_columns([UNIT, UNIT_ROWS]), dataset, f"{folder}/{name}.parquet", compression)
         report.append({UNIT: name, "rows": unit.num_rows, "failures": failures})
@@ -69,7 +69,7 @@ REPORT_SCHEMA = pa.schema(
     [
         (UNIT, pa.string()),
         ("rows", pa.int64()),
-        ("failures", pa.list_(pa.struct([(Column.PATH, pa.string()), (FAILURE, pa.string())]))),
+        ("failures", pa.list_(pa.struct([(name, pa.string()) for name in (Column.SOURCE, Column.PATH, FAILURE)]))),
     ]
 )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -19,7 +20,8 @@ from model.config import Conditioning
 from pipelines.config import CropConfig, Size
 from pipelines.images import content_id, crop_pixels, decode, draw_crop
 from pipelines.latents import LatentFile
-from pipelines.schema import Column, DataFile, Manifest, data_files, kept_rows
+from pipelines.originals import Originals
+from pipelines.schema import Column, DataFile, Manifest, data_files, kept_rows, pair_array
 from pipelines.storage import Storage
 from pipelines.train.plan import Plan
 
@@ -185,19 +187,21 @@ class LatentReader:
 class ImageReader:
     """Reads the images that an index keeps, each cropped anew every time it is seen."""
 
-    def __init__(self, index: Storage, manifest: Manifest, source: Storage, crop: CropConfig, max_pixels: int) -> None:
+    def __init__(
+        self, index: Storage, manifest: Manifest, originals: Originals, crop: CropConfig, max_pixels: int
+    ) -> None:
+        """Raises ValueError where `originals` lacks a source of the index."""
         rows = kept_rows(index, manifest)
-        buckets = [tuple(bucket) for bucket in rows.column(Column.BUCKET).to_pylist()]
-        images = list(zip(*(rows.column(name).to_pylist() for name in (Column.ID, Column.PATH)), strict=True))
-        groups: dict[Size, list[tuple[str, str]]] = {}
-        for (height, width), image in zip(buckets, images, strict=True):
-            groups.setdefault((height, width), []).append(image)
-        self._images = [groups[bucket] for bucket in sorted(groups)]
+        originals.check(rows)
+        sides = pair_array(rows, Column.BUCKET)
+        rows = rows.drop_columns([Column.CAPTION]).combine_chunks()
+        buckets = [(int(height), int(width)) for height, width in np.unique(sides, axis=0)]
+        self._images = [rows.filter(pa.array((sides == bucket).all(1))) for bucket in buckets]
         self.files = [
-            DataFile(name=f"{bucket[0]}x{bucket[1]}", rows=len(groups[bucket]), bucket=bucket)
-            for bucket in sorted(groups)
+            DataFile(name=f"{bucket[0]}x{bucket[1]}", rows=images.num_rows, bucket=bucket)
+            for bucket, images in zip(buckets, self._images, strict=True)
         ]
-        self._source, self._crop, self._max_pixels = source, crop, max_pixels
+        self._originals, self._crop, self._max_pixels = originals, crop, max_pixels
         self._pool = ThreadPoolExecutor(DECODE_THREADS)
 
     def read(self, rows: np.ndarray, bucket: Size, first: int) -> ImageBatch:
@@ -208,13 +212,16 @@ class ImageReader:
         return ImageBatch(first=first, bucket=bucket, image=image.contiguous())
 
     def _read_crop(self, row: Sequence[int], bucket: Size, number: int) -> np.ndarray:
-        image_id, path = self._images[row[0]][row[1]]
+        (known,) = self._images[row[0]].slice(row[1], 1).to_pylist()
+        image_id = known[Column.ID]
         try:
-            data = self._source.read(path)
+            data = self._originals.read(known)
             if content_id(data) != image_id:
                 raise ValueError("its bytes have changed")
             image = decode(data, self._max_pixels)
         except Exception as error:
-            raise RuntimeError(f"{path}: the index keeps it, and it cannot be used now: {error}") from error
+            raise RuntimeError(
+                f"{known[Column.SOURCE]}:{known[Column.PATH]}: the index keeps it, and it cannot be used now: {error}"
+            ) from error
         top_left, flip = draw_crop((image.height, image.width), bucket, self._crop, f"{image_id}:{number}")
         return np.ascontiguousarray(crop_pixels(image, bucket, top_left, flip))

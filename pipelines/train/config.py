@@ -139,8 +139,10 @@ class VAETaskConfig:
     """Name of the discriminator's preset."""
     index: str
     """The index dataset."""
-    source: SourceConfig
+    source: SourceConfig | None = None
     """The images that the index describes."""
+    sources: tuple[SourceConfig, ...] = ()
+    """In place of `source`, several."""
     crop: CropConfig = field(default_factory=CropConfig)
     """Where the training crop lies."""
     loss: VAELossConfig = field(default_factory=VAELossConfig)

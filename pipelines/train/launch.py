@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ FREE_SETTINGS = (
     "workers.activation_checkpointing",
 )
 FREE_PATHS = ("output", "task.latents", "task.index", "task.source.path")
+FREE_SOURCE_PATHS = re.compile(r"task\.sources\.\d+\.path")
 LATENTS_PATHS = ("task.vae.path", "task.text.clip_l", "task.text.bigg")
 """Settings that may change when a run is resumed: by their beginning, and places, whose content is checked instead;
 the last are those of a run on latents, whose fingerprint covers them."""
@@ -183,7 +185,11 @@ def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], output: 
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old)  # a setting that a newer version has added is at its default
-        if key in old and old[key] != new.get(key) and not key.startswith(FREE_SETTINGS) and key not in free
+        if key in old
+        and old[key] != new.get(key)
+        and not key.startswith(FREE_SETTINGS)
+        and key not in free
+        and not FREE_SOURCE_PATHS.fullmatch(key)
     ]
     if changed:
         raise ValueError(

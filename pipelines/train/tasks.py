@@ -31,6 +31,8 @@ from model.vae_loss import (
 )
 from model.weights import Kind, save_weights
 from pipelines import networks
+from pipelines.config import all_sources
+from pipelines.originals import Originals
 from pipelines.pictures import grid, to_pixels
 from pipelines.sampling import Told, base_denoiser, generate, refine, refiner_denoiser
 from pipelines.schema import require_manifest
@@ -184,9 +186,9 @@ class VAETask:
         """`pinned` is the digest of the index's manifest."""
         index = Storage(config.index, options)
         manifest = require_manifest(index, "index", pinned)
-        source = Storage(config.source.path, options)
+        originals = Originals(all_sources(config.source, config.sources), options)
         max_pixels = int(manifest.fingerprint["max_pixels"])
-        self.reader = ImageReader(index, manifest, source, config.crop, max_pixels)
+        self.reader = ImageReader(index, manifest, originals, config.crop, max_pixels)
         self._config, self._batch, self._device = config, batch, device
         self._vae = networks.vae(config.vae, options)
         self._discriminator = networks.discriminator(config.discriminator, batch.seed)

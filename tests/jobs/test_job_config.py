@@ -137,6 +137,29 @@ def test_a_limit_is_set_on_a_score_that_the_source_has(make, overrides, words):
     assert re.search(words, wrong(make, PreprocessJob, "source.columns.scores.mark=m", *overrides))
 
 
+SEVERAL = 'sources=[{name="one", path="images"}, {name="two", path="/more", columns.scores.mark="m"}]'
+
+
+def test_several_sources_take_the_place_of_one(make, tmp_path):
+    def several(kind: type, *overrides: str):
+        return make(kind, *overrides, text=LINE.join(line for line in toml(kind).split(LINE) if "source." not in line))
+
+    job = several(PreprocessJob, SEVERAL, "sources.1.columns.caption=text", "filters.scores.mark.max=1")
+    assert [source.name for source in job.all_sources] == ["one", "two"]
+    assert (job.sources[0].path, job.sources[1].columns.caption) == (f"{tmp_path}/images", "text")
+    assert several(TrainVAEJob, f"task.{SEVERAL}").task.sources == several(PreprocessJob, SEVERAL).sources
+    for kind, prefix in ((PreprocessJob, ""), (TrainVAEJob, "task.")):
+        for given, message in (
+            ([], f"{prefix}source: give a source, or {prefix}sources"),
+            ([f"{prefix}{SEVERAL}", f"{prefix}source.path=x"], f"{prefix}source: give a source, or {prefix}sources"),
+            ([f"{prefix}{SEVERAL}", f"{prefix}sources.1.name=one"], f"{prefix}sources: 2 have the name 'one'"),
+            ([f"{prefix}{SEVERAL}", f"{prefix}sources.2.name=x"], f"{prefix}sources.2.name: 2 is not a table"),
+            ([f"{prefix}{SEVERAL}", f"{prefix}sources.name=x"], f"{prefix}sources.name: sources is no table"),
+        ):
+            with pytest.raises(JobError, match=re.escape(message)):
+                several(kind, *given)
+
+
 def test_a_key_in_the_file_is_checked_as_an_override_is(make):
     with pytest.raises(JobError, match=r"imagess: there is no such setting; did you mean images\?"):
         make(DemoJob, text="imagess = 5")

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from model.config import Conditioning
-from pipelines.config import CropConfig
+from pipelines.config import CropConfig, SourceConfig
 from pipelines.images import content_id, crop_pixels, draw_crop
+from pipelines.originals import Originals
 from pipelines.preprocess.write import write_rows
 from pipelines.schema import (
     INDEX_SCHEMA,
@@ -246,7 +247,8 @@ def images(tmp_path, dataset):
         source.write(f"{number}.png", buffer.getvalue())
         image_id = content_id(buffer.getvalue())
         pictures[image_id] = (picture, bucket)
-        known = {"key": f"{number}", "id": image_id, "path": f"{number}.png", "caption": "c", "file_size": 1}
+        known = {"key": f"{number}", "id": image_id, "source": "source", "path": f"{number}.png"}
+        known |= {"caption": "c", "file_size": 1}
         sizes = {"original_size": [picture.height, picture.width], "bucket": list(bucket)}
         rejected = {"reject_reason": "too_small" if number == 1 else None}
         rows.append(dict.fromkeys(INDEX_SCHEMA.names) | known | sizes | rejected)
@@ -254,7 +256,8 @@ def images(tmp_path, dataset):
     content = {"counts": {"kept": 4}, "fingerprint": {"schema": SCHEMA_VERSION}, "parents": {}}
     manifest = write_manifest(dataset, [DataFile(name="data/x/a.parquet", rows=5)], kind="index", **content)
     crop = CropConfig(flip_chance=0.5)
-    return ImageReader(dataset, manifest, source, crop, 10_000), pictures, crop, source
+    originals = Originals([SourceConfig(path=source.uri)], source.options)
+    return ImageReader(dataset, manifest, originals, crop, 10_000), pictures, crop, source
 
 
 def test_kept_images_are_read_by_bucket(images):

@@ -11,8 +11,9 @@ from PIL import Image
 from model.config import TEXT_PRESETS
 from model.text import tokenize
 from pipelines import networks
-from pipelines.config import CropConfig, TextWeightsConfig, WeightsConfig
+from pipelines.config import CropConfig, SourceConfig, TextWeightsConfig, WeightsConfig
 from pipelines.images import content_id, crop_pixels, draw_crop
+from pipelines.originals import Originals
 from pipelines.preprocess.config import EncodeConfig
 from pipelines.preprocess.encode import PIXELS, Encoder, crop_images
 from pipelines.preprocess.write import FAILURE, cut, stored, write_units
@@ -41,6 +42,10 @@ def picture(number: int) -> Image.Image:
     return Image.fromarray(draws.integers(0, 256, (20 + number, 50, 3), dtype=np.uint8))
 
 
+def originals(source: Storage) -> Originals:
+    return Originals([SourceConfig(path=source.uri)], source.options)
+
+
 def kept(source: Storage, captions: list[str]) -> pa.Table:
     """One unit of index rows, as the latents stage receives it."""
     rows = []
@@ -48,7 +53,8 @@ def kept(source: Storage, captions: list[str]) -> pa.Table:
         buffer = io.BytesIO()
         picture(number).save(buffer, "PNG")
         source.write(f"{number}.png", buffer.getvalue())
-        known = {"key": f"k{number}", "id": content_id(buffer.getvalue()), "path": f"{number}.png", "caption": caption}
+        known = {"key": f"k{number}", "id": content_id(buffer.getvalue()), "caption": caption}
+        known |= {"source": "source", "path": f"{number}.png"}
         sizes = {"original_size": [20 + number, 50], "bucket": list(BUCKET), "aesthetic_score": number + 0.5}
         rows.append(known | sizes)
     columns = [name for name in INDEX_SCHEMA.names if name not in ("file_size", "reject_reason", "reject_detail")]
@@ -59,7 +65,7 @@ def kept(source: Storage, captions: list[str]) -> pa.Table:
 
 def test_a_crop_travels_with_its_true_conditioning(source):
     unit = kept(source, ["a", "b", "c"])
-    rows = crop_images(unit, source, CROP, 10_000)
+    rows = crop_images(unit, originals(source), CROP, 10_000)
     assert rows.column("unit").to_pylist() == unit.column("unit").to_pylist()
     for number, row in enumerate(rows.to_pylist()):
         top_left, flip = draw_crop((20 + number, 50), BUCKET, CROP, row["id"])
@@ -74,7 +80,7 @@ def test_an_image_that_changed_or_went_is_a_failure_and_the_others_are_not(sourc
     unit = kept(source, ["a", "b", "c"])
     source.write("0.png", source.read("1.png"))
     source.delete("2.png")
-    first, second, third = crop_images(unit, source, CROP, 10_000).column(FAILURE).to_pylist()
+    first, second, third = crop_images(unit, originals(source), CROP, 10_000).column(FAILURE).to_pylist()
     assert "changed since it was indexed" in first
     assert second is None
     assert "2.png" in third
@@ -82,7 +88,7 @@ def test_an_image_that_changed_or_went_is_a_failure_and_the_others_are_not(sourc
 
 def test_rows_are_encoded_as_one_image_and_one_caption_at_a_time_would_be(source, encoder):
     captions = ["a cat", "a dog", "a cat", "", "a bird"]
-    rows = crop_images(kept(source, captions), source, CROP, 10_000)
+    rows = crop_images(kept(source, captions), originals(source), CROP, 10_000)
     latents = encoder(rows)
     assert latents.column("key").to_pylist() == [f"k{n}" for n in range(5)]
     assert latents.column("caption").to_pylist() == captions
@@ -107,7 +113,7 @@ def test_rows_are_encoded_as_one_image_and_one_caption_at_a_time_would_be(source
 
 
 def test_latents_are_the_posteriors_and_not_scaled(source, encoder):
-    rows = crop_images(kept(source, ["a"]), source, CROP, 10_000)
+    rows = crop_images(kept(source, ["a"]), originals(source), CROP, 10_000)
     assert (tensor_array(encoder(rows), "latent_std") > 0).all()
 
 
@@ -117,7 +123,7 @@ def test_failed_rows_pass_through_to_the_report(source, encoder, tmp_path, gone)
     for number in gone:
         source.delete(f"{number}.png")
     dataset = Storage(str(tmp_path / "dataset"))
-    latents = encoder(crop_images(unit, source, CROP, 10_000))
+    latents = encoder(crop_images(unit, originals(source), CROP, 10_000))
     (report,) = write_units(latents, dataset, "data/x", "lz4").to_pylist()
     assert (report["rows"], len(report["failures"])) == (3 - len(gone), len(gone))
     assert {failure["path"] for failure in report["failures"]} == {f"{number}.png" for number in gone}
@@ -128,7 +134,9 @@ def test_failed_rows_pass_through_to_the_report(source, encoder, tmp_path, gone)
 
 def test_a_written_file_has_the_schema_of_latents(source, encoder, tmp_path):
     dataset = Storage(str(tmp_path / "dataset"))
-    write_units(encoder(crop_images(kept(source, ["a", "b"]), source, CROP, 10_000)), dataset, "data/x", "lz4")
+    write_units(
+        encoder(crop_images(kept(source, ["a", "b"]), originals(source), CROP, 10_000)), dataset, "data/x", "lz4"
+    )
     (file,) = dataset.list()
     written, expected = dataset.read_table(file.name).schema, latents_schema(*SHAPES)
     assert written == expected
@@ -140,14 +148,14 @@ def test_values_that_are_not_finite_fail_their_row(source):
     broken = Encoder(VAE, TEXT, EncodeConfig(), StorageOptions())
     with torch.no_grad():
         next(broken.vae.parameters()).fill_(float("nan"))
-    reasons = broken(crop_images(unit, source, CROP, 10_000)).column(FAILURE).to_pylist()
+    reasons = broken(crop_images(unit, originals(source), CROP, 10_000)).column(FAILURE).to_pylist()
     assert reasons == ["not finite in float32"] * 2
 
 
 def test_an_image_that_overflows_in_float16_is_named_with_the_remedy_and_the_others_are_encoded(source, tmp_path):
     unit = kept(source, ["a", "b", "c"])
     half = Encoder(VAE, TEXT, EncodeConfig(dtype="float16", batch=2), StorageOptions())
-    rows = crop_images(unit, source, CROP, 10_000)
+    rows = crop_images(unit, originals(source), CROP, 10_000)
     whole = half(rows)
     assert whole.column(FAILURE).to_pylist() == [None] * 3
 

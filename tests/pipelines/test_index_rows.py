@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipelines.config import SourceConfig
 from pipelines.images import content_id, decode
+from pipelines.originals import Originals
 from pipelines.preprocess.bucket import assign_buckets
 from pipelines.preprocess.config import FilterConfig
 from pipelines.preprocess.filter import apply_filters, mark_duplicates
@@ -19,9 +20,9 @@ from pipelines.preprocess.measure import measure
 from pipelines.preprocess.sources.inputs import INPUT_SCHEMA
 from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.schema import INDEX_SCHEMA, Reject
-from pipelines.storage import Storage
+from pipelines.storage import StorageOptions
 
-VERDICT = pa.schema([(name, pa.string()) for name in ("id", "path", "reject_reason", "reject_detail")])
+VERDICT = pa.schema([(name, pa.string()) for name in ("id", "source", "path", "reject_reason", "reject_detail")])
 
 
 def png(height: int, width: int, colour: str = "red", **options) -> bytes:
@@ -41,8 +42,12 @@ def claiming(width: int, height: int) -> bytes:
 
 
 def input_row(path: str) -> pa.Table:
-    row = dict.fromkeys(INPUT_SCHEMA.names) | {"key": "k", "path": path, "caption": "c", "file_size": 7}
-    return pa.Table.from_pylist([row], INPUT_SCHEMA)
+    known = {"key": "k", "source": "source", "path": path, "caption": "c", "file_size": 7}
+    return pa.Table.from_pylist([dict.fromkeys(INPUT_SCHEMA.names) | known], INPUT_SCHEMA)
+
+
+def originals(folder) -> Originals:
+    return Originals([SourceConfig(path=str(folder))], StorageOptions())
 
 
 @pytest.fixture
@@ -55,9 +60,9 @@ def index(tmp_path):
             path.write_bytes(data)
             if not path.with_suffix(".txt").exists():
                 path.with_suffix(".txt").write_text(captions)
-        source, config = Storage(str(tmp_path)), FilterConfig(**filters)
-        inputs = list_inputs(source, SourceConfig(path=str(tmp_path)))
-        rows = apply_filters(measure(inputs, source, config), config)
+        config = FilterConfig(**filters)
+        inputs = list_inputs([SourceConfig(path=str(tmp_path))], StorageOptions())
+        rows = apply_filters(measure(inputs, originals(tmp_path), config), config)
         assert rows.schema == INDEX_SCHEMA
         assert rows.column("key").to_pylist() == inputs.column("key").to_pylist()
         return {row["path"]: row for row in rows.to_pylist()}
@@ -178,11 +183,11 @@ def test_a_name_that_no_file_has_is_a_verdict_and_not_the_end_of_the_job(index, 
 def test_an_error_of_the_storage_is_not_a_verdict(tmp_path):
     """A listed file whose read fails otherwise than by being gone: recorded, it would stay rejected for ever."""
     with pytest.raises(OSError, match="too long"):
-        measure(input_row("x" * 300), Storage(str(tmp_path)), FilterConfig())
+        measure(input_row("x" * 300), originals(tmp_path), FilterConfig())
 
 
 def test_a_file_that_went_since_it_was_listed_is_unreadable(tmp_path):
-    (row,) = measure(input_row("gone.png"), Storage(str(tmp_path)), FilterConfig()).to_pylist()
+    (row,) = measure(input_row("gone.png"), originals(tmp_path), FilterConfig()).to_pylist()
     assert row["reject_reason"] == Reject.UNREADABLE
 
 
@@ -194,7 +199,13 @@ def test_a_rejected_row_keeps_what_is_known_about_it(index):
 
 
 def test_an_earlier_verdict_stands():
-    row = dict.fromkeys(INDEX_SCHEMA.names) | {"key": "k", "path": "a", "file_size": 1, "reject_reason": "unreadable"}
+    row = dict.fromkeys(INDEX_SCHEMA.names) | {
+        "key": "k",
+        "source": "s",
+        "path": "a",
+        "file_size": 1,
+        "reject_reason": "unreadable",
+    }
     rows = pa.Table.from_pylist([row | {"reject_detail": "why"}], INDEX_SCHEMA)
     assert apply_filters(rows, FilterConfig()).equals(rows)
 
@@ -209,14 +220,20 @@ def verdicts(rows: list[dict]) -> dict[str, tuple]:
     return {row["path"]: (row["reject_reason"], row["reject_detail"]) for row in marked.to_pylist()}
 
 
-def row(image: str | None, path: str, reason: str | None = None, detail: str | None = None) -> dict:
-    return {"id": image, "path": path, "reject_reason": reason, "reject_detail": detail}
+def row(image: str | None, path: str, reason: str | None = None, detail: str | None = None, source: str = "s") -> dict:
+    return {"id": image, "source": source, "path": path, "reject_reason": reason, "reject_detail": detail}
 
 
 def test_of_equal_images_the_smallest_path_is_kept():
     found = verdicts([row("x", "b"), row("x", "c"), row("x", "a"), row("y", "d")])
     assert found["a"] == found["d"] == (None, None)
     assert found["b"] == found["c"] == (Reject.DUPLICATE, "the same bytes as a")
+
+
+def test_of_equal_images_in_several_sources_the_first_sources_is_kept():
+    rows = [row("x", "a", source="two"), row("x", "b", source="one"), row("x", "c", source="one")]
+    marked = mark_duplicates(pa.Table.from_pylist(rows, VERDICT))
+    assert marked.column("reject_detail").to_pylist() == ["the same bytes as one:b", None, "the same bytes as b"]
 
 
 def test_the_verdict_depends_on_the_set_of_rows_alone():

@@ -21,5 +21,13 @@ def test_a_part_that_was_left_out_may_not_join_and_one_that_was_there_may_not_le
         check({"lpips": LPIPS}, {"lpips": None})
 
 
+def test_data_may_lie_elsewhere_and_may_not_be_called_otherwise():
+    one, moved, other = ({"name": name, "path": path} for name, path in (("a", "/x"), ("a", "/y"), ("b", "/x")))
+    check({"source": one}, {"source": moved})
+    check({"sources": [one, other]}, {"sources": [moved, other]})
+    with pytest.raises(ValueError, match=r"task.sources.1.name: 'b' -> 'a'"):
+        check({"sources": [one, other]}, {"sources": [one, one]})
+
+
 def test_a_setting_that_a_newer_version_has_added_is_at_its_default():
     check({"vae": "a"}, {"vae": "a", "lpips": None})

@@ -212,7 +212,12 @@ def test_refining_starts_below_the_hand_over_however_few_the_steps(diffusion, st
 
 
 def test_settings_are_named_by_their_dotted_path():
-    assert flat({"a": 1, "b": {"c": {"d": None}, "e": [2]}, "f": {}}) == {"a": 1, "b.c.d": None, "b.e": [2]}
+    assert flat({"a": 1, "b": {"c": {"d": None}, "e": [2]}, "f": {}, "g": [{"h": 3}]}) == {
+        "a": 1,
+        "b.c.d": None,
+        "b.e": [2],
+        "g.0.h": 3,
+    }
 
 
 def test_progress_in_a_log_is_whole_lines_and_counts_to_the_end(capsys):

@@ -30,6 +30,7 @@ from pipelines.storage import Storage
 ROW = {
     "key": "k",
     "id": "i",
+    "source": "source",
     "path": "a.png",
     "caption": "a cat",
     "original_size": [30, 40],
@@ -259,7 +260,7 @@ def test_a_latents_key_stays_where_the_row_would_be_the_same(dataset, change):
 
 
 def test_kept_rows_do_not_depend_on_the_files_they_lie_in(dataset):
-    rows = [{"id": f"{n}", "path": f"{n}.png", "caption": f"c{n % 3}"} for n in range(12)]
+    rows = [{"id": f"{n}", "source": "s", "path": f"{n}.png", "caption": f"c{n % 3}"} for n in range(12)]
     whole = kept(dataset, index_rows(*rows))
     assert whole.column("key").to_pylist() == sorted(set(whole.column("key").to_pylist()))
     random.Random(0).shuffle(rows)

@@ -3,11 +3,12 @@ import json
 import pytest
 
 from pipelines.config import ColumnsConfig, SourceConfig
+from pipelines.originals import Originals
 from pipelines.preprocess.config import FilterConfig
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.sources.inputs import INPUT_SCHEMA
 from pipelines.preprocess.sources.listing import list_inputs
-from pipelines.storage import Storage
+from pipelines.storage import StorageOptions
 
 
 @pytest.fixture
@@ -27,12 +28,17 @@ def describe(folder, *lines: object) -> None:
 
 
 def read(folder, **columns):
-    return list_inputs(Storage(str(folder)), SourceConfig(path=str(folder), columns=ColumnsConfig(**columns)))
+    return list_inputs([config(folder, **columns)], StorageOptions())
+
+
+def config(folder, name: str = "source", **columns) -> SourceConfig:
+    return SourceConfig(name=name, path=str(folder), columns=ColumnsConfig(**columns))
 
 
 def captions(folder, **columns) -> dict[str, str | None]:
     """Of each image, as the index has it; the images themselves are no images here."""
-    rows = measure(read(folder, **columns), Storage(str(folder)), FilterConfig()).to_pylist()
+    originals = Originals([config(folder)], StorageOptions())
+    rows = measure(read(folder, **columns), originals, FilterConfig()).to_pylist()
     return {row["path"]: row["caption"] for row in rows}
 
 
@@ -182,6 +188,35 @@ def test_a_key_changes_with_what_the_row_is_made_of(folder):
     (folder / "a.png").unlink()
     seen.append(key())
     assert len(set(seen)) == 8
+
+
+def test_sources_may_hold_the_same_names_and_keep_their_own_columns(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    put(one, "b.png", "a.png")
+    put(two, "a.png")
+    describe(two, {"file_name": "a.png", "text": "a cat"})
+    sources = [config(two, "two", caption="text"), config(one, "one")]
+    table = list_inputs(sources, StorageOptions())
+    rows = table.select(["source", "path", "caption"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [
+        ("two", "a.png", "a cat"),
+        ("one", "a.png", None),
+        ("one", "b.png", None),
+    ]
+    assert len(set(table.column("key").to_pylist())) == 3
+    put(one, "a.txt", data=b"beside in one")
+    put(two, "a.png", data=b"other pixels")
+    originals = Originals(sources, StorageOptions())
+    assert [originals.read(row) for row in rows] == [b"other pixels", b"pixels", b"pixels"]
+    measured = measure(list_inputs(sources, StorageOptions()), originals, FilterConfig())
+    assert measured.column("caption").to_pylist() == ["a cat", "beside in one", None]
+
+
+def test_a_source_that_the_settings_lack_is_named(folder):
+    put(folder, "a.png")
+    originals = Originals([config(folder, "one"), config(folder, "two")], StorageOptions())
+    with pytest.raises(ValueError, match="images of the source 'source', and the settings name 'one', 'two'"):
+        originals.check(read(folder))
 
 
 def test_a_folder_without_an_image_is_an_error_that_names_it(folder):

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pipelines.config import SourceConfig, StageResources
+from pipelines.originals import Originals
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
 from pipelines.preprocess.config import BucketConfig, FilterConfig, ScoreLimits
 from pipelines.preprocess.filter import decide
@@ -21,14 +22,14 @@ from pipelines.preprocess.pipeline import Outcome, build_index
 from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.preprocess.write import cut, write_units
 from pipelines.schema import INDEX_SCHEMA, Column, data_files, kept_rows
-from pipelines.storage import Storage
+from pipelines.storage import Storage, StorageOptions
 
 BUCKETS = BucketConfig(resolution=64, multiple=8)
 
 
 def fact(path: str, **known: Any) -> dict[str, Any]:
     known = {"id": path, "caption": "words", "original_size": [10, 20], "aesthetic_score": 5.0} | known
-    return dict.fromkeys(INDEX_SCHEMA.names) | {"key": path, "path": path, "file_size": 1} | known
+    return dict.fromkeys(INDEX_SCHEMA.names) | {"key": path, "source": "source", "path": path, "file_size": 1} | known
 
 
 def limits(name: str, **given: Any) -> dict[str, ScoreLimits]:
@@ -147,6 +148,14 @@ def source(tmp_path) -> Storage:
     return Storage(str(folder))
 
 
+def sources(folder: Storage) -> list[SourceConfig]:
+    return [SourceConfig(path=folder.uri)]
+
+
+def originals(folder: Storage) -> Originals:
+    return Originals(sources(folder), StorageOptions())
+
+
 def index_of(source: Storage, dataset: Storage, monkeypatch: pytest.MonkeyPatch, **filters: Any) -> Outcome:
     """build_index, where nothing is left to measure."""
 
@@ -156,10 +165,9 @@ def index_of(source: Storage, dataset: Storage, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("pipelines.preprocess.pipeline.dataset_of", here)
     with lease(dataset) as held:
         return build_index(
-            source_config=SourceConfig(path=source.uri),
+            sources=sources(source),
             filters=FilterConfig(**filters),
             buckets=BUCKETS,
-            source=source,
             held=held,
             rows_per_file=3,
             resources=StageResources(),
@@ -168,9 +176,9 @@ def index_of(source: Storage, dataset: Storage, monkeypatch: pytest.MonkeyPatch,
 
 def test_a_changed_threshold_reads_no_pixel_and_keeps_the_latents_keys(source, tmp_path, monkeypatch):
     dataset = Storage(str(tmp_path / "index"))
-    inputs = list_inputs(source, SourceConfig(path=source.uri))
+    inputs = list_inputs(sources(source), StorageOptions())
     table = bucket_table(BUCKETS)
-    rows = assign_buckets(measure(inputs, source, FilterConfig()), table)
+    rows = assign_buckets(measure(inputs, originals(source), FilterConfig()), table)
     monkeypatch.setattr("pipelines.preprocess.pipeline._folder", lambda fingerprint: "data/x")
     for unit in cut(rows, 3):
         write_units(unit, dataset, "data/x", "zstd")
@@ -194,7 +202,7 @@ def test_a_changed_threshold_reads_no_pixel_and_keeps_the_latents_keys(source, t
 def test_a_writer_that_was_replaced_commits_nothing(source, tmp_path, monkeypatch):
     dataset = Storage(str(tmp_path / "index"))
     monkeypatch.setattr("pipelines.preprocess.pipeline._folder", lambda fingerprint: "data/x")
-    rows = measure(list_inputs(source, SourceConfig(path=source.uri)), source, FilterConfig())
+    rows = measure(list_inputs(sources(source), StorageOptions()), originals(source), FilterConfig())
     for unit in cut(assign_buckets(rows, bucket_table(BUCKETS)), 3):
         write_units(unit, dataset, "data/x", "zstd")
     index_of(source, dataset, monkeypatch)

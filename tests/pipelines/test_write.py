@@ -43,7 +43,7 @@ def rows(*keys: str) -> pa.Table:
 
 
 def judged(verdicts: dict[str, str | None]) -> pa.Table:
-    values = dict.fromkeys(INDEX_SCHEMA.names) | {"path": "p", "file_size": 1}
+    values = dict.fromkeys(INDEX_SCHEMA.names) | {"source": "s", "path": "p", "file_size": 1}
     reasons = {key: reason and "duplicate" for key, reason in verdicts.items()}
     return pa.Table.from_pylist(
         [values | {"key": k, "reject_reason": reasons[k], "reject_detail": v} for k, v in verdicts.items()],
@@ -118,13 +118,16 @@ def test_a_torn_unit_is_refused_and_not_written(dataset):
 def with_failures(unit: pa.Table, failures: dict[str, str]) -> pa.Table:
     keys = unit.column("key").to_pylist()
     unit = unit.append_column("path", pa.array([f"{key}.png" for key in keys]))
+    unit = unit.append_column("source", pa.array(["s"] * len(keys)))
     return unit.append_column(FAILURE, pa.array([failures.get(key) for key in keys], pa.string()))
 
 
 def test_failed_rows_are_reported_and_not_written(dataset):
     (unit,) = cut(rows(*"abc"), 3)
     report = write_units(with_failures(unit, {"b": "broken"}), dataset, FOLDER, None).to_pylist()
-    assert [(line["rows"], line["failures"]) for line in report] == [(2, [{"path": "b.png", "failure": "broken"}])]
+    assert [(line["rows"], line["failures"]) for line in report] == [
+        (2, [{"source": "s", "path": "b.png", "failure": "broken"}])
+    ]
     (file,) = dataset.list()
     assert dataset.read_table(file.name).equals(rows(*"ac"))
 

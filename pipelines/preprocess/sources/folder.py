@@ -35,7 +35,9 @@ def list_folder(source: Storage, files: pa.Table, config: SourceConfig) -> pa.Ta
     names = files.column("name")
     images = names.filter(pc.match_substring_regex(names, IMAGE_NAME, ignore_case=True))
     if not len(images):
-        raise FileNotFoundError(f"source.path {config.path}: no image with a suffix of {', '.join(IMAGE_SUFFIXES)}")
+        raise FileNotFoundError(
+            f"source {config.name!r}, {config.path}: no image with a suffix of {', '.join(IMAGE_SUFFIXES)}"
+        )
     described, records = _read_metadata(source, names, config)
     paths = pc.unique(pa.chunked_array([*images.chunks, pa.array(described, pa.string())]))
     told = records.table().take(pc.index_in(paths, pa.array(described, pa.string())))

@@ -20,6 +20,7 @@ PROBLEM = "problem"  # why there is nothing to read; null where there is
 INPUT_SCHEMA = pa.schema(
     [
         pa.field(Column.KEY, pa.string(), nullable=False),
+        pa.field(Column.SOURCE, pa.string(), nullable=False),
         pa.field(Column.PATH, pa.string(), nullable=False),
         pa.field(Column.CAPTION, pa.string()),
         pa.field(CAPTION_FILE, pa.string()),
@@ -32,12 +33,12 @@ INPUT_SCHEMA = pa.schema(
 IDENTITY_ROWS = 65_536  # rows whose identities are in memory as Python values at a time
 
 
-def keyed(rows: pa.Table) -> pa.Table:
-    """Inputs with STAMP in place of their key, as INPUT_SCHEMA, sorted by path.
+def keyed(rows: pa.Table, source: str) -> pa.Table:
+    """Inputs of one source, with STAMP in place of their key, as INPUT_SCHEMA, sorted by path.
 
     A key stands for all that an index row is made of: where the image lies, its file's stamp, caption and scores.
     """
-    rows = rows.sort_by(Column.PATH)
+    rows = rows.append_column(Column.SOURCE, pa.repeat(source, rows.num_rows)).sort_by(Column.PATH)
     identity = [STAMP, *(name for name in INPUT_SCHEMA.names if name not in (Column.KEY, Column.FILE_SIZE, PROBLEM))]
     keys = [
         digest(list(values))

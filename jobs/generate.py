@@ -9,7 +9,7 @@ from jobs.cli import main, settings
 from jobs.config import GenerateJob
 from pipelines.schema import require_manifest
 from pipelines.storage import Storage
-from pipelines.tracking import Lineage, closing, log_numbers, log_picture, open_run, tracking_uri
+from pipelines.tracking import Lineage, closing, open_run, send_left, tracking_uri
 
 
 def run(job: GenerateJob) -> None:
@@ -22,16 +22,16 @@ def run(job: GenerateJob) -> None:
         index = Storage(config.prompts.index, job.storage)
         inputs = [Lineage(name="index", uri=index.uri, manifest=require_manifest(index, "index"))]
     uri = tracking_uri(job.tracking)
-    run_id = open_run(
-        uri, stage="generate", name=job.tracking.run_name or "generate", config=settings(job), inputs=inputs
-    )
+    send_left(uri, output)
+    name = job.tracking.run_name or "generate"
+    tracked = open_run(uri, stage="generate", name=name, config=settings(job), inputs=inputs, output=output)
     begun = time.perf_counter()
-    with closing(uri, run_id):
+    with closing(tracked):
         done = generate_pictures(config, output)
         seconds = time.perf_counter() - begun
         for sheet in done.sheets:
-            log_picture(uri, run_id, sheet, output.read(sheet))
-        log_numbers(uri, run_id, {"pictures_made": done.made, "seconds": seconds})
+            tracked.file(sheet, output.read(sheet))
+        tracked.numbers({"pictures_made": done.made, "seconds": seconds})
     print(f"generate: {done.made} of {len(done.pictures)} pictures made in {seconds:.1f} s, in {job.output}")
 
 

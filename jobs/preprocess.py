@@ -10,7 +10,7 @@ from pipelines.preprocess.bucket import bucket_table
 from pipelines.preprocess.lease import Lease, lease
 from pipelines.schema import Manifest, read_manifest, require_manifest
 from pipelines.storage import Storage
-from pipelines.tracking import Lineage, closing, log_json, log_numbers, open_run, tracking_uri
+from pipelines.tracking import Lineage, closing, open_run, send_left, tracking_uri
 
 SHOWN_FAILURES = 20  # the manifest has them all
 
@@ -38,9 +38,11 @@ def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> None:
     if stage == "latents":
         inputs = [Lineage(name="index", uri=index.uri, manifest=require_manifest(index, "index"))]
     uri = tracking_uri(job.tracking)
-    run_id = open_run(uri, stage=stage, name=job.tracking.run_name or stage, config=settings(job), inputs=inputs)
+    send_left(uri, held.dataset)
+    name = job.tracking.run_name or stage
+    tracked = open_run(uri, stage=stage, name=name, config=settings(job), inputs=inputs, output=held.dataset)
     begun = time.perf_counter()
-    with closing(uri, run_id):
+    with closing(tracked):
         outcome: Outcome
         if stage == "index":
             outcome = build_index(
@@ -65,10 +67,10 @@ def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> None:
             )
         seconds = time.perf_counter() - begun
         manifest = outcome.manifest
-        log_json(uri, run_id, "manifest.json", vars(manifest))
+        tracked.json("manifest.json", vars(manifest))
         counts = {f"rows_{name}": float(count) for name, count in manifest.counts.items()}
         totals = {"rows": manifest.rows, "rows_made": outcome.done, "rows_failed": len(outcome.failures)}
-        log_numbers(uri, run_id, counts | totals | {"seconds": seconds})
+        tracked.numbers(counts | totals | {"seconds": seconds})
     print(f"{stage}: {outcome.done} made in {seconds:.1f} s, {_describe(manifest)}")
     if outcome.failures:
         raise JobError(

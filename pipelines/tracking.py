@@ -1,16 +1,22 @@
-"""Runs on the MLflow page. MLflow enters the project here only.
+"""Runs on the MLflow page.
 
 One run is one call of a preprocessing or generation stage, or all of a training run, whose output folder remembers
-the id. The driver opens it, and one process at a time logs to it: the driver, or worker 0 of training.
+it. The driver opens it, and one process at a time tells it things: the driver, or worker 0 of training.
+
+Work does not wait for the server, nor end with it: all that a run is told goes through an outbox, which keeps what is
+unsent below the stage's output, in tracking/<key>/. The key is ours, so a run has its identity before its server has
+answered at all. docs/decisions/ has the reasons.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import tempfile
+import sys
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +24,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.config import EXPERIMENTS, TrackingConfig, flat, without_secrets
+from pipelines.config import TrackingConfig, without_secrets
+from pipelines.mlflow_post import CLOCK, FOLDER, Post, Ticket
+from pipelines.outbox import PICTURE_BYTES, REFUSED, Entry, Outbox
 from pipelines.schema import Manifest
+from pipelines.storage import Storage
 
-CLOCK = "images_seen"  # the metric that says how far a curve goes
-EXPERIMENT_KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"  # which kind of page MLflow shows
-DESCRIPTION = "mlflow.note.content"
-PARAMS_PER_CALL = 100  # the server's limit
-LOCAL_DATABASE, LOCAL_ARTIFACTS = "mlflow.db", "mlartifacts"
+LOCAL_DATABASE = "mlflow.db"
+OPEN_SECONDS, SETTLE_SECONDS = 60.0, 2.0  # longest wait for a server that neither answers nor refuses, at both ends
+END_SECONDS, KILLED_SECONDS = 20.0, 1.0  # a job that is told to end has little time
 
 
 def tracking_uri(config: TrackingConfig) -> str:
@@ -51,43 +58,28 @@ def open_run(
     stage: str,
     name: str,
     config: Mapping[str, Any],
-    inputs: list[Lineage],
+    inputs: Sequence[Lineage],
+    output: Storage,
+    key: str | None = None,
     run_id: str | None = None,
-) -> str:
-    """Start a run of a stage, or go on with `run_id`; gives its id.
+) -> Run:
+    """Start a run of a stage, or go on with the one that has `key` and, if it was ever known, `run_id`.
 
-    A new run gets the configuration as parameters and as the artifact config.json, and its input datasets.
+    A new run gets the configuration as parameters and as the artifact config.json, and its input datasets. Where the
+    server does not answer, that is said, and the run is opened when it does. Raises ValueError where it refuses.
     """
-    from mlflow.entities import Param
-
-    config = without_secrets(config)
-    client = _client(uri)
-    if run_id is not None:
-        client.update_run(run_id, status="RUNNING")
-        return run_id
-    experiment = client.get_experiment_by_name(EXPERIMENTS[stage])
-    local = uri.startswith("sqlite:///")
-    artifacts = f"file://{os.path.dirname(uri.removeprefix('sqlite:///'))}/{LOCAL_ARTIFACTS}" if local else None
-    experiment_id = (
-        experiment.experiment_id
-        if experiment
-        else client.create_experiment(
-            EXPERIMENTS[stage], artifact_location=artifacts and f"{artifacts}/{stage}", tags={EXPERIMENT_KIND: TRAINING}
-        )
-    )
-    read = ", ".join(f"{item.name} {item.manifest.digest} ({item.manifest.rows} rows) in {item.uri}" for item in inputs)
-    description = f"{stage}" + (f", from {read}" if read else "")
-    run = client.create_run(experiment_id, run_name=name, tags={"stage": stage, DESCRIPTION: description})
-    params = [Param(key, str(value)) for key, value in flat(config).items()]
-    for start in range(0, len(params), PARAMS_PER_CALL):
-        client.log_batch(run.info.run_id, params=params[start : start + PARAMS_PER_CALL])
-    log_json(uri, run.info.run_id, "config.json", config)
-    _log_inputs(client, run.info.run_id, inputs)
-    return run.info.run_id
+    run = Run(Ticket(uri=uri, stage=stage, key=key or uuid.uuid4().hex, run_id=run_id, output=output))
+    if key is not None or run_id is not None:
+        run.outbox.load()
+        run._tell("status", status="RUNNING")
+    else:
+        run._tell("open", **_opening(stage, name, without_secrets(config), inputs))
+    run.start()
+    return run
 
 
 @contextmanager
-def closing(uri: str, run_id: str) -> Iterator[None]:
+def closing(run: Run) -> Iterator[None]:
     """End the run with the block: FINISHED, FAILED, or KILLED where it is interrupted."""
     status = "FAILED"
     try:
@@ -97,80 +89,163 @@ def closing(uri: str, run_id: str) -> Iterator[None]:
         status = "KILLED"
         raise
     finally:
-        _client(uri).set_terminated(run_id, status)
+        run.close(status)
 
 
-def log_json(uri: str, run_id: str, name: str, value: Any) -> None:
-    """Keep a JSON document with a run."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, name)
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False, default=str)
-        _client(uri).log_artifact(run_id, path)
+def send_left(uri: str, output: Storage) -> None:
+    """Send what earlier runs on the same output have left unsent; what cannot be sent now either stays."""
+    files: dict[str, str] = {}
+    for file in output.list(FOLDER):
+        key, _, name = file.name.removeprefix(f"{FOLDER}/").partition("/")
+        if name.endswith(".json") and name != REFUSED:
+            files.setdefault(key, file.name)
+    for key, name in files.items():
+        head = output.read_json(name)["head"]
+        if head["uri"] == without_secrets(uri):
+            run = Run(Ticket(uri=uri, stage=head["stage"], key=key, run_id=head["run_id"], output=output))
+            run.outbox.load()
+            run.outbox.flush(END_SECONDS, tries=1)
+            run.end()
 
 
-def log_picture(uri: str, run_id: str, name: str, png: bytes) -> None:
-    """Keep a PNG file with a run, under a name that may lie in a folder."""
-    folder, _, base = name.rpartition("/")
-    with tempfile.TemporaryDirectory() as directory:
-        path = os.path.join(directory, base)
-        with open(path, "wb") as file:
-            file.write(png)
-        _client(uri).log_artifact(run_id, path, folder or None)
+class Run:
+    """A run of the page, as one process tells it things. Nothing waits for the server but opening and closing."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self._post = Post(ticket)
+        self.outbox = self._new_outbox()
+
+    @property
+    def ticket(self) -> Ticket:
+        """For another process, while this one tells nothing."""
+        return self._post.ticket
+
+    def json(self, name: str, value: Any) -> None:
+        """Keep a JSON document with the run."""
+        self.file(name, json.dumps(value, indent=2, ensure_ascii=False, default=str).encode())
+
+    def file(self, name: str, data: bytes) -> None:
+        """Keep a file, under a name that may lie in a folder."""
+        self.outbox.add(Entry(kind="artifact", data={"name": name}, blob=data))
+
+    def numbers(self, numbers: Mapping[str, float]) -> None:
+        """Numbers that the run ends with."""
+        self._tell("numbers", numbers={name: float(value) for name, value in numbers.items()})
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Words that a person can search for."""
+        self._tell("tags", tags=dict(tags))
+
+    @contextmanager
+    def lent(self) -> Iterator[Ticket]:
+        """For the block another process, given the ticket, tells the run things, and this one does not."""
+        self.keep()
+        self.outbox.stop()
+        try:
+            yield self.ticket
+        finally:
+            self.outbox = self._new_outbox()
+            self.outbox.load()
+
+    def start(self) -> None:
+        """Tell the server of the run, if it answers. Raises ValueError where it refuses."""
+        self._post.opening = True
+        try:
+            self._post.connect()
+            self.outbox.flush(OPEN_SECONDS, tries=1)
+            if self.outbox.refused:
+                raise ValueError(self.outbox.refused[0])
+        except Exception as error:
+            self.outbox.stop()
+            raise ValueError(f"tracking.uri: {self.ticket.server} refuses: {error}") from error
+        self._post.opening = False
+
+    def keep(self) -> None:
+        """Make sure that what was told outlives this process: sent, or on storage."""
+        if self.outbox.trouble or not self.outbox.flush(SETTLE_SECONDS, tries=1):
+            self.outbox.keep()
+
+    def close(self, status: str) -> None:
+        """End the run, wait a bounded time for what is unsent, and say what is left and how it is sent."""
+        self._tell("status", status=status)
+        self.keep()
+        self.outbox.flush(KILLED_SECONDS if status == "KILLED" else END_SECONDS)
+        self.end()
+
+    def end(self) -> None:
+        """Tell nothing more; say what is unsent."""
+        outbox, server = self.outbox, self.ticket.server
+        outbox.stop()
+        told = []
+        if left := outbox.left():
+            what = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
+            told.append(
+                f"{server} does not take what this run told it ({outbox.trouble}). Nothing else is missing: {what} are "
+                f"kept in {self.ticket.folder.uri}, and the same command sends them when the server answers"
+            )
+        if outbox.dropped:
+            told.append(
+                f"{outbox.dropped} pictures were dropped, since over {PICTURE_BYTES >> 20} MiB waited for {server}"
+            )
+        if outbox.refused:
+            told.append(f"{server} refused {len(outbox.refused)} entries: see {self.ticket.folder.uri}/{REFUSED}")
+        for line in told:
+            print(f"warning: {line}", file=sys.stderr)
+
+    def _tell(self, kind: str, **data: Any) -> None:
+        self.outbox.add(Entry(kind=kind, data={"time": int(time.time() * 1000)} | data))
+
+    def _new_outbox(self) -> Outbox:
+        ticket = self.ticket
+        head = {"uri": without_secrets(ticket.uri), "stage": ticket.stage, "run_id": ticket.run_id}
+        return Outbox(ticket.folder, self._post.send, ticket.server, head)
 
 
-def log_numbers(uri: str, run_id: str, numbers: Mapping[str, float]) -> None:
-    """Numbers that a run ends with."""
-    client = _client(uri)
-    for key, value in numbers.items():
-        client.log_metric(run_id, key, value)
+class Tracker(Run):
+    """Curves and pictures of one training run, by images seen, told by worker 0."""
 
-
-class Tracker:
-    """Curves and pictures of one training run, by images seen."""
-
-    def __init__(self, uri: str, run_id: str) -> None:
-        self._uri, self._run_id = uri, run_id
-        self._client = _client(uri)
-        points = self._client.get_metric_history(run_id, CLOCK)
-        self._last = self._resumed = max((point.step for point in points), default=-1)
+    def __init__(self, ticket: Ticket) -> None:
+        super().__init__(ticket)
+        kept = self.outbox.load()
+        self._last = max((entry.data["step"] for entry in kept if entry.kind == "point"), default=-1)
 
     def log(self, images_seen: int, numbers: Mapping[str, float]) -> None:
         """One point of each curve. Points that an earlier attempt has logged already are left as they are."""
-        if images_seen <= self._last:
-            return
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics = [Metric(key, value, now, images_seen) for key, value in {**numbers, CLOCK: images_seen}.items()]
-        self._client.log_batch(self._run_id, metrics=metrics)
-        self._last = images_seen
+        if images_seen > self._last:
+            values = {name: float(value) for name, value in numbers.items()} | {CLOCK: float(images_seen)}
+            self._tell("point", step=images_seen, numbers=values)
+            self._last = images_seen
 
     def image(self, images_seen: int, key: str, pixels: np.ndarray) -> None:
         """A picture, uint8 [H, W, 3], that the page shows by step; an earlier attempt's stays as it is."""
-        if images_seen <= self._resumed:
-            return
-        self._client.log_image(self._run_id, Image.fromarray(pixels), key=key, step=images_seen, synchronous=True)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        data = {"step": images_seen, "time": int(time.time() * 1000), "key": key}
+        self.outbox.add(Entry(kind="image", data=data, blob=buffer.getvalue(), picture=True))
+
+    def leave(self) -> None:
+        """Hand over to the process that closes the run."""
+        self.keep()
+        self.outbox.stop()
 
 
-def _log_inputs(client: Any, run_id: str, inputs: list[Lineage]) -> None:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    for item in inputs:
-        profile = {"rows": item.manifest.rows, **item.manifest.counts}
-        dataset = Dataset(
-            name=item.name,
-            digest=item.manifest.digest,
-            source_type="parquet",
-            source=json.dumps({"uri": item.uri, "fingerprint": item.manifest.fingerprint}),
-            profile=json.dumps(profile),
-        )
-        tags = [InputTag("mlflow.data.context", item.name)]
-        tags += [InputTag(f"parent.{name}", digest) for name, digest in item.manifest.parents.items()]
-        client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags=tags)])
-
-
-def _client(uri: str) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
+def _opening(stage: str, name: str, config: Mapping[str, Any], inputs: Sequence[Lineage]) -> dict[str, Any]:
+    """All that a run starts with, as JSON."""
+    read = ", ".join(f"{item.name} {item.manifest.digest} ({item.manifest.rows} rows) in {item.uri}" for item in inputs)
+    datasets = [
+        {
+            "name": item.name,
+            "digest": item.manifest.digest,
+            "source": json.dumps({"uri": item.uri, "fingerprint": item.manifest.fingerprint}),
+            "profile": json.dumps({"rows": item.manifest.rows, **item.manifest.counts}),
+            "tags": {"mlflow.data.context": item.name}
+            | {f"parent.{name}": digest for name, digest in item.manifest.parents.items()},
+        }
+        for item in inputs
+    ]
+    return {
+        "name": name,
+        "description": stage + (f", from {read}" if read else ""),
+        "config": json.loads(json.dumps(config, default=str)),
+        "inputs": datasets,
+    }

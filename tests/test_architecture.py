@@ -80,7 +80,7 @@ def test_the_networks_know_neither_cluster_nor_storage_nor_settings():
     ("packages", "home"),
     [
         (("deepspeed",), "pipelines/train/engine.py"),
-        (("mlflow",), "pipelines/tracking.py"),
+        (("mlflow",), "pipelines/mlflow_post.py"),
         (("pyarrow.fs", "boto3", "botocore", "s3fs", "fsspec"), "pipelines/storage.py"),
     ],
 )

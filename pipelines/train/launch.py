@@ -20,7 +20,7 @@ from pipelines.progress import progress
 from pipelines.schema import Manifest, require_manifest
 from pipelines.sources import WEIGHTS_FILE
 from pipelines.storage import Storage, StorageOptions
-from pipelines.tracking import Lineage, closing, open_run, tracking_uri
+from pipelines.tracking import Lineage, closing, open_run, send_left, tracking_uri
 from pipelines.train.config import (
     BatchConfig,
     DenoiserTaskConfig,
@@ -81,32 +81,37 @@ def train(
         else ("index", Storage(task.index, options))
     )
     manifest = require_manifest(dataset, kind, before and before["pinned"])
+    uri = tracking_uri(tracking)
     done = (before or {}).get("finished_images") or 0
     if done >= schedule.images:
+        send_left(uri, output)
         return 0
     if isinstance(task, DenoiserTaskConfig):
         check_latents(task, manifest, options)
-    uri = tracking_uri(tracking)
-    run_id = open_run(
+    same = before is not None and before["tracking_uri"] == without_secrets(uri)
+    tracked = open_run(
         uri,
         stage=stage,
         name=tracking.run_name or stage,
         config=settings,
         inputs=[Lineage(name=kind, uri=dataset.uri, manifest=manifest)],
-        run_id=before["run_id"] if before and before["tracking_uri"] == without_secrets(uri) else None,
+        output=output,
+        key=before.get("tracking_key") if before and same else None,
+        run_id=before["run_id"] if before and same else None,
     )
     run: dict[str, Any] = {
         "stage": stage,
         "tracking_uri": without_secrets(uri),
-        "run_id": run_id,
+        "tracking_key": tracked.ticket.key,
+        "run_id": tracked.ticket.run_id,
         "pinned": manifest.digest,
         "settings": settings,
     }
     if done:
         run["finished_images"] = done  # of the weights that are there, until longer training replaces them
     output.write_json(RUN, run)
-    with closing(uri, run_id):
-        with _board(stage, schedule.images) as board:
+    with closing(tracked):
+        with tracked.lent() as ticket, _board(stage, schedule.images) as board:
             training = Training(
                 task=task,
                 batch=batch,
@@ -117,14 +122,16 @@ def train(
                 output=output,
                 options=options,
                 pinned=manifest.digest,
-                tracking_uri=uri,
-                run_id=run_id,
+                ticket=ticket,
                 board=board,
             )
             _trainer(training).fit()
         if not output.exists(WEIGHTS_FILE):
             raise RuntimeError(f"{output.uri}: training ended and left no {WEIGHTS_FILE}")
-        output.write_json(RUN, run | {"finished_images": schedule.images})
+        run["finished_images"] = schedule.images
+        output.write_json(RUN, run)
+    if run["run_id"] != tracked.ticket.run_id:  # the server answered only later
+        output.write_json(RUN, run | {"run_id": tracked.ticket.run_id})
     return schedule.images - done
 
 

@@ -20,7 +20,7 @@ from model.unet import UNet
 from model.vae import VAE
 from pipelines.checkpoints import PROGRESS
 from pipelines.storage import Storage, StorageOptions
-from pipelines.tracking import Tracker
+from pipelines.tracking import Ticket, Tracker
 from pipelines.train.batches import Slices
 from pipelines.train.config import (
     BatchConfig,
@@ -53,9 +53,8 @@ class Training:
     options: StorageOptions
     pinned: str
     """Digest of the manifest of the dataset that the run reads."""
-    tracking_uri: str
-    run_id: str
-    """MLflow run."""
+    ticket: Ticket
+    """The MLflow run, for worker 0."""
     board: Any
     """Handle of the driver's ProgressBoard."""
 
@@ -74,7 +73,7 @@ def train_on_worker(settings: dict[str, Training]) -> None:
     steps = -(-schedule.images // batch.global_size)
     slices = Slices(task.reader, plan, rank, world, step)
     meter = Meter()
-    tracker = Tracker(training.tracking_uri, training.run_id) if rank == 0 else None
+    tracker = Tracker(training.ticket) if rank == 0 else None
     averaged = engines[next(iter(engines))]  # the network that is sampled from and exported
 
     for micro_batches in itertools.islice(slices, max(0, steps - step)):  # none if only the export was missed
@@ -97,11 +96,15 @@ def train_on_worker(settings: dict[str, Training]) -> None:
                 if tracker:
                     tracker.image(images_seen, "samples", task.samples(network, sample_batch(task)))
         if last or _due(schedule.checkpoint_images, images_seen, batch):
+            if tracker:
+                tracker.keep()
             _checkpoint(engines, step, images_seen)
     with averaged.averaged() as network:
         weights = averaged.full_weights()
         if rank == 0:
             export(task, network, weights, plan, training.output)
+    if tracker:
+        tracker.leave()
 
 
 def _task(training: Training, device: torch.device) -> Task:

@@ -14,6 +14,7 @@ from PIL import Image
 from jobs import generate, preprocess
 from jobs.cli import FAILURE, USAGE_ERROR, WORKER_ENVIRONMENT, main
 from jobs.config import GenerateJob, PreprocessJob
+from pipelines.storage import Storage
 from pipelines.tracking import open_run
 
 ROOT = Path(__file__).parents[2]
@@ -154,7 +155,8 @@ def test_no_password_is_told_to_mlflow(folder):
 
     uri = f"sqlite:///{folder}/mlflow.db"
     config = {"storage": {"s3_endpoint": "http://someone:planted-word@host"}}
-    run_id = open_run(uri, stage="index", name="index", config=config, inputs=[])
+    output = Storage(str(folder / "out"))
+    run_id = open_run(uri, stage="index", name="index", config=config, inputs=[], output=output).ticket.run_id
     client = MlflowClient(tracking_uri=uri)
     assert client.get_run(run_id).data.params == {"storage.s3_endpoint": "http://***@host"}
     kept = client.download_artifacts(run_id, "config.json", str(folder))

@@ -1,0 +1,112 @@
+"""An MLflow server that is not there, answers, is killed at work and comes back: what its page shows in the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from pipelines import tracking
+from pipelines.storage import Storage
+from pipelines.tracking import Tracker, closing, open_run, send_left
+from tests.conftest import free_port
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[None]:
+    """`mlflow server`, as a person starts it; ended by kill -9."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    command += ["--artifacts-destination", str(folder / "artifacts"), "--port", str(port), "--workers", "1"]
+    with open(folder / "server.log", "ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    try:
+        for _ in range(200):
+            assert process.poll() is None, (folder / "server.log").read_text()[-2000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def kept(output: Path) -> list[Path]:
+    return [path for path in output.rglob("*") if path.is_file()]
+
+
+def test_what_a_run_is_told_while_its_server_is_gone_arrives_in_the_end_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "END_SECONDS", 2.0)  # it is known to be gone
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    port, pixels = free_port(), np.zeros((8, 8, 3), np.uint8)
+    uri, output = f"http://127.0.0.1:{port}", tmp_path / "run"
+    place = {"stage": "base", "name": "a run", "inputs": [], "output": Storage(str(output))}
+    first = time.time()
+    run = open_run(uri, config={"lr": 1e-4, "secret": "http://me:word@host"}, **place)  # nobody answers yet
+    with closing(run):
+        assert run.ticket.run_id is None
+        with run.lent() as ticket:
+            tracker = Tracker(ticket)
+            tracker.log(8, {"loss": 0.5})
+            tracker.image(8, "samples", pixels)
+            tracker.leave()
+            assert kept(output)
+            with server(tmp_path, port):
+                tracker = Tracker(ticket)  # the next attempt takes it up
+                tracker.log(8, {"loss": 9.0})  # as the one before told it already
+                tracker.log(16, {"loss": 0.4})
+                assert tracker.outbox.flush(60)
+                assert kept(output) == []
+            tracker.log(24, {"loss": 0.3})  # killed at work; this returns at once
+            tracker.image(24, "samples", pixels)
+            tracker.keep()
+            told_twice = kept(output)
+            copies = tmp_path / "copies"
+            shutil.copytree(output, copies)
+            tracker.outbox.stop()  # as a worker that dies without a word
+            tracker = Tracker(ticket)
+            tracker.log(24, {"loss": 9.0})
+            tracker.log(32, {"loss": 0.2})
+            tracker.leave()
+            resumed = time.time()
+    assert "does not take what this run told it" in capsys.readouterr().err
+    assert told_twice
+    assert not any(b"word" in path.read_bytes() for path in kept(output))
+
+    monkeypatch.setattr(tracking, "END_SECONDS", 60.0)
+    with server(tmp_path, port):
+        send_left(uri, Storage(str(output)))  # what the same command does
+        shutil.copytree(copies, output, dirs_exist_ok=True)  # as if it had been killed before it forgot them
+        send_left(uri, Storage(str(output)))
+        assert kept(output) == []
+        client = MlflowClient(tracking_uri=uri)
+        (page,) = client.search_runs([client.get_experiment_by_name("sdxl-base").experiment_id])
+        loss = client.get_metric_history(page.info.run_id, "loss")
+        assert [(point.step, point.value) for point in loss] == [(8, 0.5), (16, 0.4), (24, 0.3), (32, 0.2)]
+        assert all(first <= point.timestamp / 1000 + 0.001 <= resumed + 0.001 for point in loss)
+        assert (page.info.status, page.info.run_name) == ("FINISHED", "a run")
+        assert page.data.params == {"lr": "0.0001", "secret": "http://***@host"}
+        pictures = [file.path for file in client.list_artifacts(page.info.run_id, "images")]
+        assert sorted(name.split("+")[2] for name in pictures if name.endswith(".webp")) == ["24", "8"]
+        assert [file.path for file in client.list_artifacts(page.info.run_id)] == ["config.json", "images"]
+
+        with pytest.raises(ValueError, match=f"tracking.uri: MLflow at {uri}/nowhere refuses"):
+            open_run(f"{uri}/nowhere", config={}, **place)
+
+
+def test_an_address_of_no_known_kind_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"tracking\.uri: MLflow at htp://host refuses"):
+        open_run("htp://host", stage="base", name="", config={}, inputs=[], output=Storage(str(tmp_path)))

@@ -23,6 +23,7 @@ J = TypeVar("J", bound=Job)
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 USAGE_ERROR, FAILURE = 2, 1  # exit codes: nothing was started; something failed on its way
+LOOK, HELD = 3, 4  # done, and a person should look at it; not done, until a person has looked
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 PATHS = ("output", "index", "latents", "path", "file", "parquet", "trunk", "heads")  # settings that are paths
 SECRETS = (  # environment variables that no message tells
@@ -45,7 +46,11 @@ WORKER_ENVIRONMENT = {
 
 
 class JobError(Exception):
-    """A mistake in what the user asked for, in words for the user."""
+    """What ends a job, in words for the user."""
+
+    def __init__(self, message: str, code: int = FAILURE) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def main(
@@ -58,7 +63,7 @@ def main(
 ) -> None:
     """Parse the command line into a `kind`, then `plan` it (--dry-run) or start Ray and `run` it. Ends the process.
 
-    A job without `needs_ray` runs in this process alone.
+    A job without `needs_ray` runs in this process alone, or starts Ray itself when there is work for it.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {_module()}",
@@ -75,6 +80,8 @@ def main(
         sys.exit(_complain(f"{arguments.config}: {error}", USAGE_ERROR))
     print(json.dumps(settings(job), indent=2, ensure_ascii=False))
     os.environ.update({name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()})
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # a log holds no colours
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         if arguments.dry_run:
@@ -84,7 +91,7 @@ def main(
                 start_ray(job)
             run(job)
     except JobError as error:
-        sys.exit(_complain(str(error), FAILURE))
+        sys.exit(_complain(str(error), error.code))
     except (ValueError, OSError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         if not os.path.abspath(frame.filename).startswith(PROJECT):

@@ -36,7 +36,7 @@ from pipelines.config import (
     all_sources,
 )
 from pipelines.evaluate.config import GenerateConfig
-from pipelines.preprocess.config import BucketConfig, EncodeConfig, FilterConfig
+from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig
 from pipelines.storage import StorageOptions
 from pipelines.train.config import (
     BatchConfig,
@@ -89,6 +89,8 @@ class PreprocessJob(Job):
     """Folder of the latents dataset; needed by the latents stage."""
     filters: FilterConfig = Field(default_factory=FilterConfig)
     """What is rejected."""
+    alerts: AlertConfig = Field(default_factory=AlertConfig)
+    """When the index stage asks for a person."""
     buckets: BucketConfig = Field(default_factory=BucketConfig)
     """The sizes that images are brought to."""
     crop: CropConfig = Field(default_factory=CropConfig)
@@ -115,6 +117,9 @@ class PreprocessJob(Job):
 
         if not self.stages:
             raise ValueError("stages: name index, latents or both")
+        least, most = self.alerts.reject_share
+        if least > most:
+            raise ValueError(f"alerts.reject_share: at least {least:g} and at most {most:g}")
         if not bucket_table(self.buckets):
             raise ValueError("buckets.table: has no size")
         check_sources("", self.source, self.sources)

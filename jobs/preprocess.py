@@ -3,80 +3,125 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
+from typing import TYPE_CHECKING
 
-from jobs.cli import JobError, main, settings
+from jobs.cli import HELD, LOOK, USAGE_ERROR, JobError, main, settings, start_ray
 from jobs.config import PreprocessJob
+from pipelines.preprocess.alert import HeldError
 from pipelines.preprocess.bucket import bucket_table
-from pipelines.preprocess.lease import Lease, lease
+from pipelines.preprocess.lease import DatasetInUseError, Lease, lease
 from pipelines.schema import Manifest, read_manifest, require_manifest
 from pipelines.storage import Storage
-from pipelines.tracking import Lineage, closing, open_run, send_left, tracking_uri
+from pipelines.tracking import Lineage, Run, closing, open_run, send_left, tracking_uri
+
+if TYPE_CHECKING:
+    from pipelines.preprocess.pipeline import Outcome
 
 SHOWN_FAILURES = 20  # the manifest has them all
 
 
 def run(job: PreprocessJob) -> None:
-    """Run the configured stages."""
-    for stage in job.stages:
-        run_stage(job, stage)
+    """Run the configured stages. Raises JobError, after the last, where a person should look at what was done."""
+    looks = [look for stage in job.stages if (look := run_stage(job, stage)) is not None]
+    if looks:
+        raise JobError("\n".join(looks), LOOK)
 
 
-def run_stage(job: PreprocessJob, stage: str) -> None:
-    """Run one stage on its dataset, which no other process may write meanwhile."""
+def run_stage(job: PreprocessJob, stage: str) -> str | None:
+    """Run one stage on its dataset, which no other process may write meanwhile; gives what a person should look at."""
     folder = job.index if stage == "index" else job.latents
     assert folder is not None
-    with lease(Storage(folder, job.storage)) as held:
-        _run_stage(job, stage, held)
+    try:
+        with lease(Storage(folder, job.storage)) as held:
+            return _run_stage(job, stage, held)
+    except DatasetInUseError as error:
+        raise JobError(str(error), USAGE_ERROR) from error
 
 
-def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> None:
-    """Run one stage under its MLflow run, and print what it did."""
-    from pipelines.preprocess.pipeline import Outcome, build_index, build_latents
-
-    index = Storage(job.index, job.storage)
+def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> str | None:
+    """Run one stage, under an MLflow run if there is something to do, and print what it did."""
     inputs = []
     if stage == "latents":
+        index = Storage(job.index, job.storage)
         inputs = [Lineage(name="index", uri=index.uri, manifest=require_manifest(index, "index"))]
-    uri = tracking_uri(job.tracking)
+    before, uri = read_manifest(held.dataset, stage), tracking_uri(job.tracking)
     send_left(uri, held.dataset)
-    name = job.tracking.run_name or stage
-    tracked = open_run(uri, stage=stage, name=name, config=settings(job), inputs=inputs, output=held.dataset)
-    begun = time.perf_counter()
-    with closing(tracked):
-        outcome: Outcome
-        if stage == "index":
-            outcome = build_index(
-                sources=job.all_sources,
-                filters=job.filters,
-                buckets=job.buckets,
-                held=held,
-                rows_per_file=job.index_rows_per_file,
-                resources=job.tasks,
-            )
-        else:
-            outcome = build_latents(
-                vae=job.vae,
-                text=job.text,
-                crop=job.crop,
-                encode=job.encode,
-                max_pixels=job.filters.max_pixels,
-                sources=job.all_sources,
-                index=index,
-                held=held,
-                resources=job.tasks,
-            )
-        seconds = time.perf_counter() - begun
+    with ExitStack() as stack:
+
+        @cache
+        def tracked() -> Run:
+            name = job.tracking.run_name or stage
+            run = open_run(uri, stage=stage, name=name, config=settings(job), inputs=inputs, output=held.dataset)
+            stack.enter_context(closing(run))
+            return run
+
+        def begin() -> None:
+            tracked()
+            start_ray(job)
+
+        begun = time.perf_counter()
+        try:
+            outcome = _build(job, stage, held, begin)
+        except HeldError as error:
+            tracked().tags({"alert": "held", "alert.reason": str(error)})
+            raise JobError(f"{stage}: {error}", HELD) from error
         manifest = outcome.manifest
-        tracked.json("manifest.json", vars(manifest))
-        counts = {f"rows_{name}": float(count) for name, count in manifest.counts.items()}
-        totals = {"rows": manifest.rows, "rows_made": outcome.done, "rows_failed": len(outcome.failures)}
-        tracked.numbers(counts | totals | {"seconds": seconds})
-    print(f"{stage}: {outcome.done} made in {seconds:.1f} s, {_describe(manifest)}")
-    if outcome.failures:
-        raise JobError(
-            f"{stage}: {len(outcome.failures)} images could not be made, and are tried again by the next run:\n  "
-            + "\n  ".join(f"{path}: {reason}" for path, reason in list(outcome.failures.items())[:SHOWN_FAILURES])
+        if outcome.done == len(outcome.failures) == 0 and before is not None and before.digest == manifest.digest:
+            print(f"{stage}: nothing new, {_describe(manifest)}")
+            return None
+        seconds = time.perf_counter() - begun
+        _tell(tracked(), outcome, seconds)
+        print(f"{stage}: {outcome.done} made in {seconds:.1f} s, {_describe(manifest)}")
+        if outcome.failures:
+            raise JobError(
+                f"{stage}: {len(outcome.failures)} images could not be made, and are tried again by the next run:\n  "
+                + "\n  ".join(f"{path}: {reason}" for path, reason in list(outcome.failures.items())[:SHOWN_FAILURES])
+            )
+        return None if outcome.look is None else f"{stage}: {outcome.look}"
+
+
+def _build(job: PreprocessJob, stage: str, held: Lease, begin: Callable[[], None]) -> Outcome:
+    from pipelines.preprocess.pipeline import build_index, build_latents
+
+    if stage == "index":
+        return build_index(
+            sources=job.all_sources,
+            filters=job.filters,
+            buckets=job.buckets,
+            held=held,
+            rows_per_file=job.index_rows_per_file,
+            resources=job.tasks,
+            alerts=job.alerts,
+            begin=begin,
         )
+    return build_latents(
+        vae=job.vae,
+        text=job.text,
+        crop=job.crop,
+        encode=job.encode,
+        max_pixels=job.filters.max_pixels,
+        sources=job.all_sources,
+        index=Storage(job.index, job.storage),
+        held=held,
+        resources=job.tasks,
+        begin=begin,
+    )
+
+
+def _tell(run: Run, outcome: Outcome, seconds: float) -> None:
+    """What the MLflow page shows of a stage."""
+    manifest, change = outcome.manifest, outcome.change
+    run.json("manifest.json", vars(manifest))
+    numbers = {f"rows_{name}": float(count) for name, count in manifest.counts.items()}
+    numbers |= {"rows": manifest.rows, "rows_made": outcome.done, "rows_failed": len(outcome.failures)}
+    if change is not None:
+        numbers |= {"rows_new": change.new, "reject_share_new": change.reject_share}
+    run.numbers(numbers | {"seconds": seconds})
+    if outcome.look is not None:
+        run.tags({"alert": "look", "alert.reason": outcome.look})
 
 
 def plan(job: PreprocessJob) -> None:
@@ -107,4 +152,4 @@ def _describe(manifest: Manifest) -> str:
 
 
 if __name__ == "__main__":
-    main(PreprocessJob, run, plan)
+    main(PreprocessJob, run, plan, needs_ray=False)

@@ -168,8 +168,12 @@ class Run:
     def close(self, status: str) -> None:
         """End the run, wait a bounded time for what is unsent, and say what is left and how it is sent."""
         self._tell("status", status=status)
-        self.keep()
-        self.outbox.flush(KILLED_SECONDS if status == "KILLED" else END_SECONDS)
+        if status == "KILLED":
+            if not self.outbox.flush(KILLED_SECONDS, tries=1):
+                self.outbox.keep()
+        else:
+            self.keep()
+            self.outbox.flush(END_SECONDS)
         self.end()
 
     def end(self) -> None:

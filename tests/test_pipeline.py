@@ -91,8 +91,8 @@ def test_running_preprocessing_again_does_nothing_and_changes_nothing(finished: 
     manifests = [(finished.root / name / "manifest.json").read_bytes() for name in ("index", "latents")]
     preprocess.run(finished.load(PreprocessJob, "preprocess"))
     printed = capsys.readouterr().out
-    assert "index: 0 made" in printed
-    assert "latents: 0 made" in printed
+    assert "index: nothing new" in printed
+    assert "latents: nothing new" in printed
     assert before == {path: path.stat().st_mtime_ns for path in finished.root.glob("*/data/**/*.parquet")}
     assert manifests == [(finished.root / name / "manifest.json").read_bytes() for name in ("index", "latents")]
 

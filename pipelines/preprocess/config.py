@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from pipelines.config import Amount, Count, Size, StageResources
+from pipelines.config import Amount, Count, Share, Size, StageResources
 
 MOST_DISTINCT = 256  # distinct pixel values are counted up to here
 
@@ -80,3 +80,17 @@ class EncodeConfig:
     the images that do so are reported by name and left out."""
     resources: StageResources = field(default_factory=StageResources)
     """One encoder process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlertConfig:
+    """When a run that makes the index asks for a person. New images are those that the committed index lacks."""
+
+    reject_share: tuple[Share, Share] = (0.0, 1.0)
+    """Least and greatest share of the new images that is rejected; outside, the job commits and ends with status 3."""
+    min_new: Count = 100
+    """New images of which a share is taken; of fewer none is."""
+    hold_reject_share: Share = 1.0
+    """Share of rejected new images above which nothing is committed, and the job ends with status 4. 1 never holds."""
+    hold_loss_share: Share = 1.0
+    """Share of kept rows that may go at once; above it nothing is committed, and the job ends with status 4."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +16,9 @@ from ray.data import Dataset
 from pipelines import networks
 from pipelines.config import CropConfig, SourceConfig, StageResources, TextWeightsConfig, WeightsConfig
 from pipelines.originals import Originals
+from pipelines.preprocess.alert import Change, change_of, judge
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
-from pipelines.preprocess.config import BucketConfig, EncodeConfig, FilterConfig
+from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig
 from pipelines.preprocess.encode import Encoder, crop_images
 from pipelines.preprocess.filter import decide
 from pipelines.preprocess.lease import Lease
@@ -40,6 +41,7 @@ from pipelines.schema import (
     Column,
     DataFile,
     Manifest,
+    data_files,
     digest,
     kept_rows,
     read_manifest,
@@ -77,6 +79,10 @@ class Outcome:
     """Rows that this run made."""
     failures: Mapping[str, str]
     """Images that could not be made, as source:path, and why."""
+    change: Change | None = None
+    """Index: how it differs from the one before."""
+    look: str | None = None
+    """Index: what a person should look at."""
 
 
 def build_index(
@@ -87,8 +93,14 @@ def build_index(
     held: Lease,
     rows_per_file: int,
     resources: StageResources,
+    alerts: AlertConfig,
+    begin: Callable[[], object],
 ) -> Outcome:
-    """Bring the index up to date with its sources: one row for every input, kept or with its reason."""
+    """Bring the index up to date with its sources: one row for every input, kept or with its reason.
+
+    `begin` is called before the first use of Ray, if there is work for it. Raises HeldError where `alerts` withhold
+    the commit.
+    """
     dataset = held.dataset
     dataset.remove_incomplete()
     table = bucket_table(buckets)
@@ -102,6 +114,7 @@ def build_index(
     new = missing(inputs, stored(dataset, folder))
     units = cut(new, rows_per_file)
     if units:
+        begin()
         originals = Originals(sources, dataset.options)
         stages = (
             dataset_of(units)
@@ -112,8 +125,8 @@ def build_index(
             )
         )
         _run(stages, "index", new.num_rows)
-    manifest = _commit_index(held, folder, inputs, fingerprint, filters)
-    return Outcome(manifest=manifest, done=new.num_rows, failures={})
+    manifest, change, look = _commit_index(held, folder, inputs, fingerprint, filters=filters, alerts=alerts)
+    return Outcome(manifest=manifest, done=new.num_rows, failures={}, change=change, look=look)
 
 
 def build_latents(
@@ -127,8 +140,12 @@ def build_latents(
     index: Storage,
     held: Lease,
     resources: StageResources,
+    begin: Callable[[], object],
 ) -> Outcome:
-    """Bring the latents up to date with the index: one row for every kept image, by bucket."""
+    """Bring the latents up to date with the index: one row for every kept image, by bucket.
+
+    `begin` is called before the first use of Ray, if there is work for it.
+    """
     dataset = held.dataset
     dataset.remove_incomplete()
     index_manifest = require_manifest(index, "index")
@@ -146,6 +163,7 @@ def build_latents(
     units = cut(rows, encode.rows_per_file, _by_bucket(rows))
     failures: dict[str, str] = {}
     if units:
+        begin()
         stages = (
             dataset_of(units)
             .map_batches(
@@ -202,8 +220,14 @@ def _run(stages: Dataset, label: str, rows: int) -> dict[str, str]:
 
 
 def _commit_index(
-    held: Lease, folder: str, inputs: pa.Table, fingerprint: Mapping[str, Any], filters: FilterConfig
-) -> Manifest:
+    held: Lease,
+    folder: str,
+    inputs: pa.Table,
+    fingerprint: Mapping[str, Any],
+    *,
+    filters: FilterConfig,
+    alerts: AlertConfig,
+) -> tuple[Manifest, Change, str | None]:
     """Make exactly the current inputs the index, every verdict decided over all of them."""
     dataset = held.dataset
     have = stored(dataset, folder)
@@ -213,9 +237,14 @@ def _commit_index(
     everything = everything.filter(pc.is_in(everything.column(Column.KEY), value_set=inputs.column(Column.KEY)))
     verdicts = decide(_first_of_each_key(everything), filters)
     reasons = verdicts.column(Column.REJECT_REASON)
+    before = read_manifest(dataset, "index")
+    committed = {file.name for file in data_files(dataset, before)} if before else set()
+    known = [key for file in have if file.name in committed for key in file.keys]
+    change = change_of(before, known, verdicts)
+    look = judge(change, alerts)
     keys = verdicts.column(Column.KEY).to_numpy()  # sorted; a hash table of all keys for every file would be slow
 
-    def judge(rows: pa.Table) -> pa.Table | None:
+    def decided(rows: pa.Table) -> pa.Table | None:
         places = pa.array(np.searchsorted(keys, rows.column(Column.KEY).to_numpy()))
         judged = rows
         for name in (Column.REJECT_REASON, Column.REJECT_DETAIL):
@@ -223,9 +252,9 @@ def _commit_index(
             judged = judged.set_column(rows.schema.get_field_index(name), INDEX_SCHEMA.field(name), new)
         return None if judged.equals(rows) else judged
 
-    files = select(dataset, have, wanted, judge, INDEX_COMPRESSION)
+    files = select(dataset, have, wanted, decided, INDEX_COMPRESSION)
     counts = {row["values"] or "kept": row["counts"] for row in pc.value_counts(reasons).to_pylist()}
-    return _commit(
+    manifest = _commit(
         held,
         folder,
         [DataFile(name=name, rows=rows) for name, rows in files],
@@ -235,6 +264,7 @@ def _commit_index(
         fingerprint=fingerprint,
         parents={},
     )
+    return manifest, change, look
 
 
 def _first_of_each_key(rows: pa.Table) -> pa.Table:

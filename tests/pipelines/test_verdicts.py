@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.config import SourceConfig, StageResources
 from pipelines.originals import Originals
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
-from pipelines.preprocess.config import BucketConfig, FilterConfig, ScoreLimits
+from pipelines.preprocess.config import AlertConfig, BucketConfig, FilterConfig, ScoreLimits
 from pipelines.preprocess.filter import decide
 from pipelines.preprocess.lease import Lease, LeaseLostError, lease
 from pipelines.preprocess.measure import measure
@@ -171,6 +171,8 @@ def index_of(source: Storage, dataset: Storage, monkeypatch: pytest.MonkeyPatch,
             held=held,
             rows_per_file=3,
             resources=StageResources(),
+            alerts=AlertConfig(),
+            begin=lambda: None,
         )
 
 

@@ -70,6 +70,10 @@ class Reader(Protocol):
         """The batch of rows [B, 2] (file, row), whose first image is number `first` of the run."""
         ...
 
+    def names(self, rows: np.ndarray) -> list[str]:
+        """What the dataset calls rows [B, 2]."""
+        ...
+
 
 @dataclass
 class Slices:
@@ -170,6 +174,14 @@ class LatentReader:
             conditions=conditions,
         )
 
+    def names(self, rows: np.ndarray) -> list[str]:
+        """The keys of rows [B, 2]."""
+        keys = {
+            number: self._dataset.read_table(self.files[number].name, [Column.KEY]).column(Column.KEY)
+            for number in np.unique(rows[:, 0]).tolist()
+        }
+        return [keys[file][row].as_py() for file, row in rows.tolist()]
+
     def _file(self, number: int) -> LatentFile:
         number = int(number)
         with self._lock:
@@ -210,6 +222,10 @@ class ImageReader:
         crops = list(self._pool.map(self._read_crop, rows.tolist(), [bucket] * len(rows), numbers))
         image = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
         return ImageBatch(first=first, bucket=bucket, image=image.contiguous())
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        """The paths of rows [B, 2] below the source."""
+        return [self._images[file][row][1] for file, row in rows.tolist()]
 
     def _read_crop(self, row: Sequence[int], bucket: Size, number: int) -> np.ndarray:
         (known,) = self._images[row[0]].slice(row[1], 1).to_pylist()

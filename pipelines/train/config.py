@@ -38,6 +38,20 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Which steps are refused, and what then. A refused step changes no weight; it is counted and its rows recorded."""
+
+    action: Literal["skip", "stop"] = "skip"
+    """Go on with the next step, or end the run; with "skip" in its place the same command goes on."""
+    spike_factor: Annotated[float, Ge(0)] = 0.0
+    """Refuse a loss or gradient norm of more than this many times its mean; 0 refuses only what is not finite."""
+    window_steps: Count = 128
+    """Steps that the means remember; before as many, nothing counts as a jump."""
+    most_in_a_row: Count = 10
+    """Steps refused one after another that end the run in any case."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW, and the learning rate's way over the run. The paper publishes none of these."""
 
@@ -59,6 +73,8 @@ class OptimizerConfig:
     """Share of lr that it falls to."""
     clip_norm: Annotated[float, Ge(0)] = 1.0
     """Largest norm of the gradient; 0 leaves it as it is."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Which steps are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)

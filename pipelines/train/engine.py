@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from model.ema import EMA
 from pipelines.checkpoints import ema_file
 from pipelines.train.config import BatchConfig, EMAConfig, OptimizerConfig, ScheduleConfig, WorkersConfig
+from pipelines.train.guard import GatedAdamW, Guard
 
 TAG = "state"  # DeepSpeed's name for the one checkpoint in a folder
 
@@ -42,8 +43,13 @@ class Engine:
         deepspeed = _deepspeed(workers.gpu)
         self.name, self.network = name, network
         self._optimizer, self._schedule, self._batch, self._lr_scale = optimizer, schedule, batch, lr_scale
-        adamw = torch.optim.AdamW(
+        self.guard = Guard(optimizer.guard)
+        self._loss = torch.zeros(())  # mean over this step's passes so far
+        self._refusal: str | None = None
+        self._judged = False
+        adamw = GatedAdamW(
             network.parameters(),
+            may_step=self._may_step,
             lr=optimizer.lr,
             betas=optimizer.betas,
             eps=optimizer.eps,
@@ -68,12 +74,13 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's mean loss; workers are averaged."""
+        self._loss = self._loss.to(loss.device) + loss.detach().float() / self._engine.gradient_accumulation_steps()
         self._engine.optimizer.clear_backward_seen_flag()
         loss.register_hook(lambda _: self._engine._backward_prologue())  # clears what the last pass left, among others
         self._engine.backward(loss)
 
     def step(self, images_seen: int) -> None:
-        """After each micro-batch; at the last of a step, update weights and average.
+        """After each micro-batch; at the last of a step, update weights and average, unless the guard refuses.
 
         `images_seen` counts over all workers and includes this step.
         """
@@ -81,9 +88,29 @@ class Engine:
         if last:
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = self.learning_rate(images_seen)
+            torch.distributed.all_reduce(self._loss)
+            self._judged = False
         self._engine.step()
-        if last and self.ema is not None:
+        if last and self._may_step() and self.ema is not None:  # where a norm is not finite, DeepSpeed did not ask
             self.ema.update(self._masters(), images_seen, self._batch.global_size)
+        if last:
+            self._loss = torch.zeros_like(self._loss)
+
+    def refusal(self) -> str | None:
+        """Why the last step was refused; None if it was taken, and after it has been asked."""
+        refusal, self._refusal = self._refusal, None
+        return refusal
+
+    def _may_step(self) -> bool:
+        """The guard's verdict on this step, which it gives once."""
+        if not self._judged:
+            loss = float(self._loss) / torch.distributed.get_world_size()
+            self._refusal, self._judged = self.guard.judge(loss, self._norm()), True
+        return self._refusal is None
+
+    def _norm(self) -> float:
+        norm = self._engine.optimizer._global_grad_norm
+        return float(norm) if norm is not None else 0.0
 
     def learning_rate(self, images_seen: int) -> float:
         """The rate of the step that ends at `images_seen`."""
@@ -92,8 +119,7 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """Norm of the last step's gradient over all parameters, before clipping."""
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        return self._norm()
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -183,6 +209,7 @@ def deepspeed_config(optimizer: OptimizerConfig, batch: BatchConfig, workers: Wo
         "data_types": {"grad_accum_dtype": "fp32"},  # and so does a sum over many passes
         "communication_data_type": "fp32",  # a sum over many workers loses digits in bf16
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # AdamW with a gate
         "steps_per_print": 10**9,
     }
 

@@ -39,6 +39,7 @@ FREE_SETTINGS = (
     "ray.",
     "task.samples.",
     "batch.micro_size",
+    "optimizer.guard.",
     "workers.max_failures",
     "workers.cpus",
     "workers.activation_checkpointing",
@@ -126,6 +127,12 @@ def train(
                 board=board,
             )
             _trainer(training).fit()
+            ended = ray.get(board.ended.remote())
+        if ended is not None:
+            raise RuntimeError(
+                f"{output.uri}: training stopped: {ended}. The same command goes on from the last checkpoint; "
+                "optimizer.guard says what is refused, and what then"
+            )
         if not output.exists(WEIGHTS_FILE):
             raise RuntimeError(f"{output.uri}: training ended and left no {WEIGHTS_FILE}")
         run["finished_images"] = schedule.images
@@ -211,6 +218,15 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self._latest: tuple[int, dict[str, float]] = (0, {})
+        self._ended: str | None = None
+
+    def end(self, reason: str) -> None:
+        """Keep why training stops before its time."""
+        self._ended = reason
+
+    def ended(self) -> str | None:
+        """Why training stopped; None if it has not."""
+        return self._ended
 
     def show(self, images_seen: int, numbers: dict[str, float]) -> None:
         """Replace what is shown."""

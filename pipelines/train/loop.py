@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -32,9 +33,10 @@ from pipelines.train.config import (
     WorkersConfig,
 )
 from pipelines.train.engine import Engine
+from pipelines.train.guard import record
 from pipelines.train.meter import Meter
 from pipelines.train.outputs import export, sample_batch
-from pipelines.train.plan import Plan
+from pipelines.train.plan import Plan, PlannedBatch
 from pipelines.train.tasks import DenoiserTask, Task, VAETask
 
 
@@ -86,8 +88,11 @@ def train_on_worker(settings: dict[str, Training]) -> None:
                 meter.add(loss)
         step += 1
         last = step == steps
+        if not _accepted(engines, task, plan.step(step - 1), images_seen, training):
+            return
         if last or _due(schedule.log_images or batch.global_size, images_seen, batch):
             numbers = meter.read(engines, batch, images_seen, slices.waited_seconds)
+            numbers |= {f"refused_steps_{name}": float(engine.guard.refused) for name, engine in engines.items()}
             if tracker:
                 tracker.log(images_seen, numbers)
                 training.board.show.remote(images_seen, numbers)
@@ -140,12 +145,33 @@ def _due(every: int, images_seen: int, batch: BatchConfig) -> bool:
     return images_seen // every > (images_seen - batch.global_size) // every
 
 
+def _accepted(
+    engines: dict[str, Engine], task: Task, planned: PlannedBatch, images_seen: int, training: Training
+) -> bool:
+    """Whether training goes on after a step: one that a guard has refused is written down, and may be one too many."""
+    reasons = {name: reason for name, engine in engines.items() if (reason := engine.refusal())}
+    if not reasons:
+        return True
+    ended = any(engine.guard.ends_the_run for engine in engines.values())
+    if torch.distributed.get_rank() == 0:
+        file = record(training.output, task.reader, planned, images_seen, reasons)
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        message = f"the step to {images_seen} images was refused: {told}. Its rows are in {training.output.uri}/{file}"
+        print(message, flush=True)
+        if ended:
+            ray.get(training.board.end.remote(message))
+    if ended:
+        torch.distributed.barrier()  # nobody ends before it is told
+    return not ended
+
+
 def _checkpoint(engines: dict[str, Engine], step: int, images_seen: int) -> None:
     """Hand a checkpoint to Ray Train, and wait until it has recorded it: one that is only reported can be lost."""
     with tempfile.TemporaryDirectory() as folder:
         for engine in engines.values():
             engine.save(Path(folder))
-        progress = {"step": step, "images_seen": images_seen}
+        guards = {name: engine.guard.state_dict() for name, engine in engines.items()}
+        progress = {"step": step, "images_seen": images_seen, "guards": guards}
         Path(folder, PROGRESS).write_text(json.dumps(progress))
         ray.train.report(progress, checkpoint=Checkpoint.from_directory(folder))
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
@@ -157,6 +183,8 @@ def _restore(engines: dict[str, Engine]) -> int:
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as folder:
-        for engine in engines.values():
+        progress = json.loads(Path(folder, PROGRESS).read_text())
+        for name, engine in engines.items():
             engine.load(Path(folder))
-        return int(json.loads(Path(folder, PROGRESS).read_text())["step"])
+            engine.guard.load_state_dict(progress["guards"][name])
+        return int(progress["step"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,14 @@ from torch import nn
 from model.ema import EMA
 from pipelines.checkpoints import averaged_weights
 from pipelines.storage import Storage
-from pipelines.train.config import BatchConfig, EMAConfig, OptimizerConfig, ScheduleConfig, WorkersConfig
+from pipelines.train.config import (
+    BatchConfig,
+    EMAConfig,
+    GuardConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    WorkersConfig,
+)
 
 STEPS, GLOBAL, WORLD = 4, 8, 2
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, warmup_images=16, decay_images=16, clip_norm=0.5)
@@ -100,9 +109,44 @@ def worker(rank: int, port: int, folder: str) -> None:
             }
             torch.save(found, Path(folder, f"{name}.pt"))
     norms = {stage: norm_of_unequal_passes(stage) for stage in (1, 2)}
+    refused = [refusals(stage, dtype, rank) for stage, dtype in ((1, "float32"), (2, "float32"), (1, "bfloat16"))]
+    torch.save(refused, Path(folder, f"refused-{rank}.pt"))
     if rank == 0:
         torch.save(norms, Path(folder, "norms.pt"))
     torch.distributed.destroy_process_group()
+
+
+def refusals(stage: int, dtype: str, rank: int) -> list[tuple[str | None, bool, bool]]:
+    """For each of five steps: why it was refused, whether anything changed, and whether the run ends.
+
+    Worker 1's loss is no number in the first, before any step was taken, and in the fourth and fifth; in the third it
+    is a thousand times what it was.
+    """
+    guard = GuardConfig(spike_factor=100, window_steps=1, most_in_a_row=3)
+    engine = new_engine(stage, 4, dtype, replace(OPTIMIZER, guard=guard))
+    found = []
+    x, y = batches()[0]
+    part = slice(rank * 4, rank * 4 + 4)
+    for step, factor in enumerate((math.nan, 1.0, 1e3, math.nan, math.nan)):
+        before = state_of(engine)
+        loss = (engine(x[part].to(next(engine.network.parameters()).dtype)).float() - y[part]).square().mean()
+        engine.backward(loss * factor if rank == 1 else loss)
+        engine.step((step + 1) * GLOBAL)
+        changed = not all(torch.equal(a, b) for a, b in zip(before, state_of(engine), strict=True))
+        found.append((engine.refusal(), changed, engine.guard.ends_the_run))
+    return found
+
+
+def state_of(engine) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
+    """Copies of all that a step changes: weights in both types, moments, average."""
+    moments = engine._engine.basic_optimizer.state
+    kept = [value for master in engine._masters() for _, value in sorted(moments[master].items())] or [
+        torch.zeros(())
+    ] * 3
+    return [
+        value.detach().clone()
+        for value in (*engine.network.parameters(), *engine._masters(), *engine.ema.shadow, *kept)
+    ]
 
 
 def norm_of_unequal_passes(stage: int) -> float:
@@ -124,13 +168,13 @@ def norm_of_unequal_passes(stage: int) -> float:
     return engine.gradient_norm()
 
 
-def new_engine(stage: int, micro: int, dtype: str):  # type: ignore[no-untyped-def]
+def new_engine(stage: int, micro: int, dtype: str, optimizer: OptimizerConfig = OPTIMIZER):  # type: ignore[no-untyped-def]
     from pipelines.train.engine import Engine
 
     return Engine(
         "net",
         network().train(),
-        optimizer=OPTIMIZER,
+        optimizer=optimizer,
         schedule=SCHEDULE,
         batch=BatchConfig(global_size=GLOBAL, micro_size=micro),
         workers=WorkersConfig(count=WORLD, zero_stage=stage, dtype=dtype),  # type: ignore[arg-type]
@@ -175,6 +219,18 @@ def test_bfloat16_keeps_fp32_weights_near_those_of_fp32(trained: dict, case: str
     for ours, theirs in zip(trained[case]["weights"].values(), weights, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2)  # three decimals of bf16, through Adam
+
+
+@pytest.mark.parametrize("case", [0, 1, 2])
+def test_a_refused_step_changes_nothing_on_any_worker(trained: dict, case: int) -> None:
+    ours, theirs = (trained[f"refused-{rank}"][case] for rank in range(WORLD))
+    assert ours == theirs
+    reasons, changed, ends = zip(*ours, strict=True)
+    assert [bool(reason) for reason in reasons] == [True, False, True, True, True]
+    assert "loss is nan" in reasons[0]
+    assert "above 100 times its mean" in reasons[2]
+    assert changed == (False, True, False, False, False)
+    assert ends == (False, False, False, False, True)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

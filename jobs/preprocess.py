@@ -68,12 +68,14 @@ def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> str | None:
         except HeldError as error:
             tracked().tags({"alert": "held", "alert.reason": str(error)})
             raise JobError(f"{stage}: {error}", HELD) from error
-        manifest = outcome.manifest
+        manifest, seconds = outcome.manifest, time.perf_counter() - begun
+        report = _report(job, held, outcome, seconds) if stage == "index" else None  # also where a killed run left none
         if outcome.done == len(outcome.failures) == 0 and before is not None and before.digest == manifest.digest:
             print(f"{stage}: nothing new, {_describe(manifest)}")
             return None
-        seconds = time.perf_counter() - begun
         _tell(tracked(), outcome, seconds)
+        if report is not None:
+            tracked().file("report.html", report.encode())
         print(f"{stage}: {outcome.done} made in {seconds:.1f} s, {_describe(manifest)}")
         if outcome.failures:
             raise JobError(
@@ -111,11 +113,20 @@ def _build(job: PreprocessJob, stage: str, held: Lease, begin: Callable[[], None
     )
 
 
+def _report(job: PreprocessJob, held: Lease, outcome: Outcome, seconds: float) -> str:
+    from pipelines.originals import Originals
+    from pipelines.preprocess.report import write_report
+
+    times = {"rows": outcome.done, "seconds": seconds, "stages": outcome.seconds} if outcome.done else None
+    return write_report(held.dataset, outcome.manifest, times, Originals(job.all_sources, job.storage).read)
+
+
 def _tell(run: Run, outcome: Outcome, seconds: float) -> None:
     """What the MLflow page shows of a stage."""
     manifest, change = outcome.manifest, outcome.change
     run.json("manifest.json", vars(manifest))
     numbers = {f"rows_{name}": float(count) for name, count in manifest.counts.items()}
+    numbers |= {f"seconds_{name}": taken for name, taken in outcome.seconds.items()}
     numbers |= {"rows": manifest.rows, "rows_made": outcome.done, "rows_failed": len(outcome.failures)}
     if change is not None:
         numbers |= {"rows_new": change.new, "reject_share_new": change.reject_share}

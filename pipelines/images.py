@@ -8,7 +8,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from pipelines.config import CropConfig, Size
 
@@ -42,7 +42,10 @@ def content_id(data: bytes) -> str:
 
 def open_image(data: bytes) -> Image.Image:
     """The image, its header read and its pixels not."""
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:  # its own words have an address in memory, which differs at each run
+        raise UnidentifiedImageError(f"cannot identify the file as any of {', '.join(FORMATS)}") from None
 
 
 def header_size(data: bytes) -> Size:

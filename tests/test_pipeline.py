@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from model.vae import VAE
 from model.weights import Kind, load_unet, load_vae, save_weights
 from pipelines import networks
 from pipelines.checkpoints import newest_checkpoint
-from pipelines.config import WeightsConfig
+from pipelines.config import EXPERIMENTS, WeightsConfig
 from pipelines.images import content_id, fit
 from pipelines.schema import Column, data_files, kept_rows, pair_array, require_manifest, tensor_array
 from pipelines.storage import Storage, StorageOptions
@@ -84,6 +85,17 @@ def test_nothing_in_a_dataset_names_a_place(finished: Finished) -> None:
         for path in (finished.root / name).rglob("*"):
             if path.is_file():
                 assert str(finished.root).encode() not in path.read_bytes(), path
+
+
+def test_the_report_lies_beside_the_index_and_with_its_mlflow_run(finished: Finished) -> None:
+    html = (finished.root / "index" / "report.html").read_text()
+    assert require_manifest(Storage(str(finished.root / "index")), "index").digest in html
+    assert html.count("<img") >= finished.images / 2
+    client = MlflowClient(f"sqlite:///{finished.root}/mlflow.db")
+    experiment = client.get_experiment_by_name(EXPERIMENTS["index"])
+    run = client.search_runs([experiment.experiment_id], order_by=["start_time"])[0]
+    assert run.data.metrics["seconds_measure"] > 0
+    assert Path(client.download_artifacts(run.info.run_id, "report.html")).read_text() == html
 
 
 def test_running_preprocessing_again_does_nothing_and_changes_nothing(finished: Finished, capsys) -> None:

@@ -20,13 +20,14 @@ from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, crop_
 from pipelines.originals import Originals
 from pipelines.preprocess.config import EncodeConfig
 from pipelines.preprocess.measure import map_rows
-from pipelines.preprocess.write import FAILURE
+from pipelines.preprocess.write import FAILURE, UNIT, timed
 from pipelines.schema import PAIR, Column, latents_schema, tensor_column
 from pipelines.storage import StorageOptions
 
 PIXELS = "pixels"  # uint8 [height, width, 3] of the bucket, as fixed-size bytes
 
 
+@timed("crop")
 def crop_images(rows: pa.Table, originals: Originals, crop: CropConfig, max_pixels: int) -> pa.Table:
     """Index rows of one bucket, with pixels, crop_top_left, target_size and flip, or the failure."""
     height, width = rows.column(Column.BUCKET)[0].as_py()
@@ -80,6 +81,7 @@ class Encoder:
         self.text = networks.text_encoders(text, options, dtype, self.device)
         self.text_config = networks.text_config(text)
 
+    @timed("encode")
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Rows with pixels and captions -> latents rows; failed rows pass through with their reason."""
         good = rows.filter(pc.is_null(rows.column(FAILURE)))
@@ -97,7 +99,7 @@ class Encoder:
         for array in tensors.values():
             finite &= np.isfinite(array.reshape(len(array), -1)).all(1) if len(array) else finite
         schema = latents_schema(mean.shape[1:], context.shape[1:], pooled.shape[1:])
-        unit = [name for name in rows.column_names if name.startswith("unit")]
+        unit = [name for name in rows.column_names if name.startswith(UNIT)]
         for name in (Column.SOURCE, Column.PATH, FAILURE, *unit):
             schema = schema.append(rows.schema.field(name))
         reason = f"not finite in {self.config.dtype}"

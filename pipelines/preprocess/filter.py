@@ -19,6 +19,7 @@ from pipelines.schema import INDEX_SCHEMA, Column, Reject
 MEASURED = (Reject.UNREADABLE, Reject.TOO_LARGE)  # reasons that measuring gives; the rest are decided here
 Finding = tuple[pa.ChunkedArray, pa.ChunkedArray]  # which rows are rejected (null: not), and in detail why
 Verdict = tuple[Reject, pa.ChunkedArray, pa.ChunkedArray]  # the reason, and its finding
+SAME_BYTES, NEAR = "the same bytes as ", f" of {HASH_BITS} bits from "  # a detail names the image that is kept instead
 Filter = Callable[[pa.Table, FilterConfig], Verdict]
 
 
@@ -164,7 +165,7 @@ def mark_duplicates(rows: pa.Table) -> pa.Table:
     origin = np.arange(rows.num_rows)  # of each row, the row that is kept for it
     origin[places[order]] = places[order][np.flatnonzero(first)[np.cumsum(first) - 1]]
     duplicate = pa.array(origin != np.arange(rows.num_rows))
-    detail = _text("the same bytes as ", _names(rows, origin))
+    detail = _text(SAME_BYTES, _names(rows, origin))
     standing = pa.array(~judged)
     reasons = pc.if_else(duplicate, str(Reject.DUPLICATE), _where(standing, reasons))
     return _with_verdicts(rows, reasons, pc.if_else(duplicate, detail, _where(standing, details)))
@@ -193,8 +194,7 @@ def mark_near_duplicates(rows: pa.Table, config: FilterConfig) -> pa.Table:
     differing = np.zeros(rows.num_rows, np.int64)
     differing[places] = np.bitwise_count(hashes ^ hashes[leader])
     near = pa.array(origin != np.arange(rows.num_rows))
-    words = f" of {HASH_BITS} bits from "
-    detail = _text(pa.chunked_array([differing]), words, _names(rows, origin))
+    detail = _text(pa.chunked_array([differing]), NEAR, _names(rows, origin))
     reasons = pc.if_else(near, str(Reject.NEAR_DUPLICATE), reasons)
     return _with_verdicts(rows, reasons, pc.if_else(near, detail, details))
 
@@ -204,6 +204,11 @@ def _names(rows: pa.Table, origin: np.ndarray) -> pa.ChunkedArray:
     sources, taken = rows.column(Column.SOURCE), rows.select([Column.SOURCE, Column.PATH]).take(pa.array(origin))
     source, path = taken.column(Column.SOURCE), taken.column(Column.PATH)
     return pc.if_else(pc.equal(source, sources), path, _text(source, ":", path))
+
+
+def kept_instead(detail: str) -> str:
+    """The name of the kept image in the detail of a duplicate: path, or source:path where the source is another."""
+    return detail.removeprefix(SAME_BYTES) if detail.startswith(SAME_BYTES) else detail.partition(NEAR)[2]
 
 
 def _caption_length(index: pa.Table) -> pa.ChunkedArray:

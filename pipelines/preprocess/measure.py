@@ -16,12 +16,14 @@ from pipelines.originals import Originals
 from pipelines.preprocess.config import MOST_DISTINCT, FilterConfig
 from pipelines.preprocess.near import HASH_SIDE, perceptual_hash
 from pipelines.preprocess.sources.inputs import CAPTION_FILE, PROBLEM
+from pipelines.preprocess.write import timed
 from pipelines.schema import INDEX_SCHEMA, Column, Reject
 
 LEAST_HASHED_CONTRAST = 1.0  # of 255; below, a hash would be one of rounding
 READ_THREADS = 8  # reads in flight per task; decoding releases the interpreter lock
 
 
+@timed("measure")
 def measure(inputs: pa.Table, originals: Originals, filters: FilterConfig) -> pa.Table:
     """Inputs -> index rows with id, original size, looks and, for an image that cannot be read, the reason."""
 
@@ -34,7 +36,9 @@ def measure(inputs: pa.Table, originals: Originals, filters: FilterConfig) -> pa
         try:
             data = originals.read(values)
         except UNREADABLE_ERRORS as error:  # any other is the storage's: the job ends, and nothing is recorded
-            return index | _reject(Reject.UNREADABLE, error)
+            root = originals.storage(values[Column.SOURCE]).root
+            detail = f"{type(error).__name__}: {error}".replace(f"{root}/", "")  # a dataset names no place
+            return index | {Column.REJECT_REASON: Reject.UNREADABLE, Column.REJECT_DETAIL: detail[:500]}
         index[Column.ID] = content_id(data)
         try:
             height, width = index[Column.ORIGINAL_SIZE] = header_size(data)
@@ -44,7 +48,8 @@ def measure(inputs: pa.Table, originals: Originals, filters: FilterConfig) -> pa
             image = decode(data, filters.max_pixels)
             index[Column.ORIGINAL_SIZE] = image.height, image.width  # a PNG's orientation may lie behind its pixels
         except DECODE_ERRORS as error:
-            return index | _reject(Reject.UNREADABLE, error)
+            detail = f"{type(error).__name__}: {error}"[:500]
+            return index | {Column.REJECT_REASON: Reject.UNREADABLE, Column.REJECT_DETAIL: detail}
         return index | looks(image)
 
     measured = map_rows(row, inputs, INDEX_SCHEMA)
@@ -82,10 +87,6 @@ def map_rows(function: Callable[[dict[str, Any]], dict[str, Any]], table: pa.Tab
         if name not in schema.names:
             result = result.append_column(table.schema.field(name), table.column(name))
     return result
-
-
-def _reject(reason: Reject, error: BaseException) -> dict[str, Any]:
-    return {Column.REJECT_REASON: reason, Column.REJECT_DETAIL: f"{type(error).__name__}: {error}"[:500]}
 
 
 def sizes(table: pa.Table) -> Sequence[Size | None]:

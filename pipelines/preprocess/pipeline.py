@@ -79,6 +79,8 @@ class Outcome:
     """Rows that this run made."""
     failures: Mapping[str, str]
     """Images that could not be made, as source:path, and why."""
+    seconds: Mapping[str, float]
+    """What the tasks of each stage took together."""
     change: Change | None = None
     """Index: how it differs from the one before."""
     look: str | None = None
@@ -113,6 +115,7 @@ def build_index(
     inputs = list_inputs(sources, dataset.options)
     new = missing(inputs, stored(dataset, folder))
     units = cut(new, rows_per_file)
+    seconds: dict[str, float] = {}
     if units:
         begin()
         originals = Originals(sources, dataset.options)
@@ -124,9 +127,9 @@ def build_index(
                 partial(write_units, dataset=dataset, folder=folder, compression=INDEX_COMPRESSION), **tasks(resources)
             )
         )
-        _run(stages, "index", new.num_rows)
+        _, seconds = _run(stages, "index", new.num_rows)
     manifest, change, look = _commit_index(held, folder, inputs, fingerprint, filters=filters, alerts=alerts)
-    return Outcome(manifest=manifest, done=new.num_rows, failures={}, change=change, look=look)
+    return Outcome(manifest=manifest, done=new.num_rows, failures={}, seconds=seconds, change=change, look=look)
 
 
 def build_latents(
@@ -162,6 +165,7 @@ def build_latents(
     rows = missing(kept, stored(dataset, folder))
     units = cut(rows, encode.rows_per_file, _by_bucket(rows))
     failures: dict[str, str] = {}
+    seconds: dict[str, float] = {}
     if units:
         begin()
         stages = (
@@ -175,7 +179,7 @@ def build_latents(
                 **tasks(resources),
             )
         )
-        failures = _run(stages, "latents", rows.num_rows)
+        failures, seconds = _run(stages, "latents", rows.num_rows)
     facts = {
         "vae": asdict(networks.vae(vae, dataset.options).config),
         "text": asdict(networks.text_config(text)),
@@ -190,7 +194,7 @@ def build_latents(
         parents={"index": index_manifest.digest},
         failures=failures,
     )
-    return Outcome(manifest=manifest, done=rows.num_rows - len(failures), failures=failures)
+    return Outcome(manifest=manifest, done=rows.num_rows - len(failures), failures=failures, seconds=seconds)
 
 
 def _folder(fingerprint: Mapping[str, Any]) -> str:
@@ -207,16 +211,19 @@ def _by_bucket(rows: pa.Table) -> dict[str, pa.Array]:
     }
 
 
-def _run(stages: Dataset, label: str, rows: int) -> dict[str, str]:
-    """Run the stages to their end; gives the images that failed, as source:path, and why."""
+def _run(stages: Dataset, label: str, rows: int) -> tuple[dict[str, str], dict[str, float]]:
+    """Run the stages to their end; gives the images that failed, as source:path, and why, and each stage's seconds."""
     failures: dict[str, str] = {}
+    seconds: dict[str, float] = {}
     with progress(label, rows) as bar:
         for unit in stages.iter_rows():
+            for stage, taken in unit["seconds"]:
+                seconds[stage] = seconds.get(stage, 0.0) + taken
             failures |= {f"{row[Column.SOURCE]}:{row[Column.PATH]}": row[FAILURE] for row in unit["failures"]}
             bar.update(unit["rows"] + len(unit["failures"]))
         if bar.n != rows:
             raise RuntimeError(f"{label}: {rows} rows went in and {bar.n} came out")
-    return failures
+    return failures, seconds
 
 
 def _commit_index(

@@ -8,9 +8,12 @@ files there are, and makes manifest.json last. Files that no manifest ever named
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,6 +22,7 @@ from pipelines.schema import Column, DataFile, digest
 from pipelines.storage import Storage
 
 UNIT, UNIT_ROWS = "unit", "unit_rows"  # columns that travel with rows until they are written
+UNIT_SECONDS = "unit_seconds_"  # and these: what each stage took for the unit, by its name
 FAILURE = "failure"  # column of rows on their way: why a row could not be made, or null
 PAGE_BYTES = 2**30  # more than any column holds
 KEY_READERS = 16  # files whose keys are read at a time
@@ -46,22 +50,45 @@ def cut(rows: pa.Table, size: int, groups: Mapping[str, pa.Array] | None = None)
     return units
 
 
+def timed(stage: str) -> Callable[[Callable[..., pa.Table]], Callable[..., pa.Table]]:
+    """A decorator of a function of tables: the rows of a unit get a column with the seconds that it took for them."""
+
+    def decorate(function: Callable[..., pa.Table]) -> Callable[..., pa.Table]:
+        @wraps(function)
+        def run(*arguments: Any, **named: Any) -> pa.Table:
+            begun = time.perf_counter()
+            rows = function(*arguments, **named)
+            if UNIT not in rows.column_names:
+                return rows
+            seconds = pa.array([time.perf_counter() - begun] * rows.num_rows, pa.float64())
+            return rows.append_column(f"{UNIT_SECONDS}{stage}", seconds)
+
+        return run
+
+    return decorate
+
+
 def write_units(rows: pa.Table, dataset: Storage, folder: str, compression: str | None) -> pa.Table:
-    """Write the units that a task holds; gives one row per unit: its name, rows written, and which images failed."""
+    """Write the units that a task holds; one row per unit: its name, rows written, which images failed, seconds."""
     report = []
+    travelling = [name for name in rows.column_names if name.startswith(UNIT)]
     for name in pc.unique(rows.column(UNIT)).to_pylist():
+        begun = time.perf_counter()
         unit = rows.filter(pc.equal(rows.column(UNIT), name))
         expected = unit.column(UNIT_ROWS)[0].as_py()
         if unit.num_rows != expected:
             raise RuntimeError(f"unit {name} reached its writer with {unit.num_rows} of {expected} rows")
+        timings = [column for column in travelling if column.startswith(UNIT_SECONDS)]
+        seconds = {column.removeprefix(UNIT_SECONDS): unit.column(column)[0].as_py() for column in timings}
         failures: list[dict[str, str]] = []
         if FAILURE in unit.column_names:
             failed = unit.filter(pc.is_valid(unit.column(FAILURE)))
             failures = failed.select([Column.SOURCE, Column.PATH, FAILURE]).to_pylist()
             unit = unit.filter(pc.is_null(unit.column(FAILURE))).drop_columns([FAILURE, Column.SOURCE, Column.PATH])
         if unit.num_rows:
-            write_rows(unit.drop_columns([UNIT, UNIT_ROWS]), dataset, f"{folder}/{name}.parquet", compression)
-        report.append({UNIT: name, "rows": unit.num_rows, "failures": failures})
+            write_rows(unit.drop_columns(travelling), dataset, f"{folder}/{name}.parquet", compression)
+        seconds["write"] = time.perf_counter() - begun
+        report.append({UNIT: name, "rows": unit.num_rows, "failures": failures, "seconds": list(seconds.items())})
     return pa.Table.from_pylist(report, REPORT_SCHEMA)
 
 
@@ -70,6 +97,7 @@ REPORT_SCHEMA = pa.schema(
         (UNIT, pa.string()),
         ("rows", pa.int64()),
         ("failures", pa.list_(pa.struct([(name, pa.string()) for name in (Column.SOURCE, Column.PATH, FAILURE)]))),
+        ("seconds", pa.map_(pa.string(), pa.float64())),
     ]
 )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
+from annotated_types import Gt, Le
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jobs.checks import (
@@ -25,9 +26,11 @@ from model.config import (
     Conditioning,
     DiffusionConfig,
 )
+from pipelines.capacity import CPUPool, GPUPool, PlannedStage, Store
 from pipelines.config import (
     Count,
     CropConfig,
+    Positive,
     SourceConfig,
     StageResources,
     TextWeightsConfig,
@@ -325,6 +328,41 @@ class ExportJob(Job):
             raise ValueError(
                 f"resolution: {self.resolution} is not a multiple of {reduction}, the reduction of VAE and U-Net"
             )
+        return self
+
+
+class PlanJob(Job):
+    """Work out hours, nodes, storage and money of a training, stage by stage. Starts nothing."""
+
+    images: Count
+    """Images of the source."""
+    kept_share: Annotated[float, Gt(0), Le(1)]
+    """Share that the filters keep."""
+    image_bytes: Count
+    """Mean size of an image's file, bytes."""
+    image_megapixels: Positive
+    """Mean size of an image, 10^6 pixels."""
+    stages: tuple[PlannedStage, ...]
+    """What runs, in order."""
+    cpu: CPUPool
+    """Machines that decode."""
+    encode_gpu: GPUPool
+    """GPUs of the latents stage."""
+    train_gpu: GPUPool
+    """GPUs of training."""
+    store: Store
+    """Where images, datasets and checkpoints lie."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.stages:
+            raise ValueError("stages: name at least one")
+        for number, stage in enumerate(self.stages):
+            trains = stage.kind not in ("index", "latents")
+            if trains != bool(stage.images_seen):
+                raise ValueError(f"stages.{number}.images_seen: is {stage.images_seen} for {stage.kind!r}")
+            if stage.resolution % 64:
+                raise ValueError(f"stages.{number}.resolution: {stage.resolution} is not a multiple of 64")
         return self
 
 

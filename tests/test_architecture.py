@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import load
-from jobs.config import DemoJob, ExportJob, GenerateJob, PreprocessJob, TrainBaseJob, TrainRefinerJob, TrainVAEJob
+from jobs.config import (
+    DemoJob,
+    ExportJob,
+    GenerateJob,
+    PlanJob,
+    PreprocessJob,
+    TrainBaseJob,
+    TrainRefinerJob,
+    TrainVAEJob,
+)
 
 ROOT = Path(__file__).parents[1]
 FLOORS = ("model", "pipelines", "jobs")
@@ -21,6 +30,7 @@ JOBS = {  # by the beginning of the file's name
     "generate": GenerateJob,
     "export": ExportJob,
     "demo": DemoJob,
+    "plan": PlanJob,
 }
 
 

@@ -171,6 +171,8 @@ class TrainingJob(Job):
                 f"batch.global_size: {batch.global_size} is not a multiple of "
                 f"batch.micro_size x workers.count = {batch.micro_size} x {workers}"
             )
+        if self.schedule.validation_images and not batch.validation_share:
+            raise ValueError("schedule.validation_images: batch.validation_share is 0 and holds out nothing")
         return self
 
 

@@ -56,6 +56,9 @@ def plan_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
     if isinstance(job, TrainVAEJob) and job.task.lpips is None:
         print(f"{stage}: no perceptual term, since task.lpips names no weights")
     print(f"{stage}: {rows} rows; " + ", ".join(f"{count} {name}" for name, count in manifest.counts.items()))
+    if job.batch.validation_share:
+        held_out = job.batch.validation_share * rows
+        print(f"validation: about {held_out:.0f} rows are not trained on; {job.schedule.validation_rows} are measured")
     _print_steps(job, rows)
     for name, count in networks.items():
         print(f"{name}: {count:,} parameters")

@@ -236,6 +236,7 @@ class Demo:
         root = self.root
         vae = {"task.vae.path": "vae"}
         train = ["batch.global_size=8", "batch.micro_size=4", "schedule.log_images=8", "task.samples.steps=2"]
+        train += ["batch.validation_share=0.25", "schedule.validation_images=16"]
         sampled = ["schedule.sample_images=16", "optimizer.warmup_images=0", "optimizer.decay_images=0"]
         places = {
             "preprocess": {"source.path": "images", "index": "index", "latents": "latents", "vae.path": "vae"},

@@ -167,6 +167,11 @@ def test_each_stage_has_its_run_on_the_mlflow_page(finished: Finished) -> None:
         steps = [point.step for point in client.get_metric_history(base.info.run_id, curve)]
         assert steps == [8, 16, 24, 32]
     assert client.get_metric_history(base.info.run_id, "images_per_second")
+    vae = client.search_runs([client.get_experiment_by_name("sdxl-vae").experiment_id])[0]
+    for run, curve in ((base, "validation/squared_error"), (vae, "validation/psnr"), (vae, "validation/ssim")):
+        points = client.get_metric_history(run.info.run_id, curve)
+        assert [point.step for point in points] == [16, 32]
+        assert all(0 < point.value < 100 for point in points)
     pictures = [artifact.path for artifact in client.list_artifacts(base.info.run_id, "images")]
     assert any("+step+16+" in name.replace("%2B", "+") for name in pictures), pictures
 

@@ -203,15 +203,13 @@ class ImageReader:
         self, index: Storage, manifest: Manifest, originals: Originals, crop: CropConfig, max_pixels: int
     ) -> None:
         """Raises ValueError where `originals` lacks a source of the index."""
-        rows = kept_rows(index, manifest)
-        originals.check(rows)
-        sides = pair_array(rows, Column.BUCKET)
-        rows = rows.drop_columns([Column.CAPTION]).combine_chunks()
-        buckets = [(int(height), int(width)) for height, width in np.unique(sides, axis=0)]
-        self._images = [rows.filter(pa.array((sides == bucket).all(1))) for bucket in buckets]
+        groups = images_by_bucket(index, manifest)
+        self._images = list(groups.values())
+        for images in self._images:
+            originals.check(images)
         self.files = [
             DataFile(name=f"{bucket[0]}x{bucket[1]}", rows=images.num_rows, bucket=bucket)
-            for bucket, images in zip(buckets, self._images, strict=True)
+            for bucket, images in groups.items()
         ]
         self._originals, self._crop, self._max_pixels = originals, crop, max_pixels
         self._pool = ThreadPoolExecutor(DECODE_THREADS)
@@ -241,3 +239,12 @@ class ImageReader:
             ) from error
         top_left, flip = draw_crop((image.height, image.width), bucket, self._crop, f"{image_id}:{number}")
         return np.ascontiguousarray(crop_pixels(image, bucket, top_left, flip))
+
+
+def images_by_bucket(index: Storage, manifest: Manifest) -> dict[Size, pa.Table]:
+    """The rows of the images that an index keeps, by bucket, in order."""
+    rows = kept_rows(index, manifest)
+    sides = pair_array(rows, Column.BUCKET)
+    rows = rows.drop_columns([Column.CAPTION]).combine_chunks()
+    buckets = [(int(height), int(width)) for height, width in np.unique(sides, axis=0)]
+    return {bucket: rows.filter(pa.array((sides == bucket).all(1))) for bucket in buckets}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 
 from model.config import DenoiserLossConfig, DiffusionConfig, VAELossConfig
 from pipelines.config import (
@@ -35,6 +35,9 @@ class BatchConfig:
     """Rows that are shuffled together; files are read in a drawn order, this many rows at a time."""
     seed: Amount = 0
     """Seed of the order, and of every draw in training."""
+    validation_share: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of the images, picked by their content, that is not trained on: the validation curves measure on them. Give
+    each stage the same share: they hold out the same images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +124,11 @@ class ScheduleConfig:
     """Images between two grids of samples; 0 for none."""
     log_images: Amount = 0
     """Images between two points of a curve; 0 for every step."""
+    validation_images: Amount = 0
+    """Images between two points of the validation curves, which have one at the end as well; 0 for none. It needs
+    batch.validation_share."""
+    validation_rows: Count = 2_048
+    """Held-out rows that a point is measured on, at most."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept."""
 

@@ -31,6 +31,7 @@ from pipelines.train.config import (
     WorkersConfig,
 )
 from pipelines.train.loop import Training, train_on_worker
+from pipelines.train.validation import hold_out
 
 FREE_SETTINGS = (
     "schedule.",
@@ -89,6 +90,8 @@ def train(
         return 0
     if isinstance(task, DenoiserTaskConfig):
         check_latents(task, manifest, options)
+    if batch.validation_share and before is None:
+        hold_out(output, dataset, manifest, batch.validation_share)
     same = before is not None and before["tracking_uri"] == without_secrets(uri)
     tracked = open_run(
         uri,

@@ -38,6 +38,7 @@ from pipelines.train.meter import Meter
 from pipelines.train.outputs import export, sample_batch
 from pipelines.train.plan import Plan, PlannedBatch
 from pipelines.train.tasks import DenoiserTask, Task, VAETask
+from pipelines.train.validation import Validation, hide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +68,10 @@ def train_on_worker(settings: dict[str, Training]) -> None:
     training = settings["training"]
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     device = ray.train.torch.get_device()
-    task = _task(training, device)
-    engines = _engines(task, training, device)
     batch, schedule = training.batch, training.schedule
+    task = _task(training, device)
+    validation = hide(task, training.output, batch, schedule, rank=rank, world=world)
+    engines = _engines(task, training, device)
     plan = Plan(task.reader.files, batch)
     step = _restore(engines)
     steps = -(-schedule.images // batch.global_size)
@@ -90,9 +92,11 @@ def train_on_worker(settings: dict[str, Training]) -> None:
         last = step == steps
         if not _accepted(engines, task, plan.step(step - 1), images_seen, training):
             return
-        if last or _due(schedule.log_images or batch.global_size, images_seen, batch):
+        validated = schedule.validation_images and (last or _due(schedule.validation_images, images_seen, batch))
+        if last or validated or _due(schedule.log_images or batch.global_size, images_seen, batch):
             numbers = meter.read(engines, batch, images_seen, slices.waited_seconds)
             numbers |= {f"refused_steps_{name}": float(engine.guard.refused) for name, engine in engines.items()}
+            numbers |= _measured(validation if validated else None, task, averaged)
             if tracker:
                 tracker.log(images_seen, numbers)
                 training.board.show.remote(images_seen, numbers)
@@ -138,6 +142,14 @@ def _engines(task: Task, training: Training, device: torch.device) -> dict[str, 
             lr_scale=1.0 if place == 0 else getattr(training.task, "adversarial_lr_scale", 1.0),
         )
     return engines
+
+
+def _measured(validation: Validation | None, task: Task, averaged: Engine) -> dict[str, float]:
+    """The validation curves' next point, where there is to be one."""
+    if validation is None:
+        return {}
+    with averaged.averaged() as network:
+        return validation.measure(task, network)
 
 
 def _due(every: int, images_seen: int, batch: BatchConfig) -> bool:

@@ -11,34 +11,46 @@ from pipelines.train.engine import Engine
 from pipelines.train.tasks import Loss, mean_over_workers
 
 
-class Meter:
-    """Means over workers of what was added since it was last read."""
+class Means:
+    """Means over samples and workers of what was added since it was last read."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, name: str, values: torch.Tensor, members: torch.Tensor) -> None:
+        """Take in the values of a micro-batch that are `members`: their sum and number stay on their device."""
+        kept = torch.where(members, values.detach().float(), 0.0)
+        self._sums.setdefault(name, []).append(torch.stack([kept.sum(), members.float().sum()]))
+
+    def read(self) -> dict[str, float]:
+        """The means by name; a name that had no member has none. All workers call it together, with the same names."""
+        names = list(self._sums)
+        sums = mean_over_workers(torch.stack([torch.stack(self._sums[name]).sum(dim=0) for name in names]))  # [N,2]
+        self._sums = {}
+        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
+
+
+class Meter:
+    """The training curves' points."""
+
+    def __init__(self) -> None:
+        self._means = Means()
         self._read_at, self._images, self._waited = time.perf_counter(), 0, 0.0
 
     def add(self, loss: Loss) -> None:
         """Take in one micro-batch's loss."""
         for name, value in {f"loss_{loss.engine}": loss.per_sample, **loss.terms}.items():
-            self._add(name, value, torch.ones_like(value))
+            self._means.add(name, value, torch.ones_like(value, dtype=torch.bool))
         for name, (value, members) in loss.shares.items():
-            self._add(name, torch.where(members, value, 0.0), members)
-
-    def _add(self, name: str, values: torch.Tensor, members: torch.Tensor) -> None:
-        """Keep the sum of a micro-batch's values and their number, on their device."""
-        self._sums.setdefault(name, []).append(torch.stack([values.detach().float().sum(), members.float().sum()]))
+            self._means.add(name, value, members)
 
     def read(
         self, engines: dict[str, Engine], batch: BatchConfig, images_seen: int, waited_seconds: float
     ) -> dict[str, float]:
         """The curves' next point. All workers call it together."""
-        names = list(self._sums)
-        sums = mean_over_workers(torch.stack([torch.stack(self._sums[name]).sum(dim=0) for name in names]))  # [N,2]
+        numbers = self._means.read()  # a quarter of the timesteps that no sample was in has none
         now = time.perf_counter()
         seconds = now - self._read_at
-        pairs = zip(names, sums.tolist(), strict=True)
-        numbers = {name: total / count for name, (total, count) in pairs if count}  # a share may have had no sample
         for name, engine in engines.items():
             if f"loss_{name}" in numbers:
                 numbers[f"learning_rate_{name}"] = engine.learning_rate(images_seen)
@@ -46,5 +58,5 @@ class Meter:
         if self._images:  # the first interval of an attempt is mostly start-up
             numbers["images_per_second"] = (images_seen - self._images) / seconds
             numbers["data_wait_share"] = (waited_seconds - self._waited) / seconds
-        self._sums, self._read_at, self._images, self._waited = {}, now, images_seen, waited_seconds
+        self._read_at, self._images, self._waited = now, images_seen, waited_seconds
         return numbers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from model.conditioning import conditioning_vector, select_context
-from model.config import Conditioning
-from model.denoiser_loss import denoiser_loss, draw, drop_text, min_snr_weight, offset_noise
+from model.config import Conditioning, DenoiserLossConfig
+from model.denoiser_loss import Draws, denoiser_loss, draw, drop_text, min_snr_weight, offset_noise
 from model.diffusion import Diffusion, gaussian
+from model.metrics import psnr, ssim
 from model.sampler import step_noise
 from model.text import TextFeatures, tokenize
 from model.unet import UNet
@@ -41,6 +42,8 @@ from pipelines.train.batches import Batch, ImageBatch, ImageReader, LatentBatch,
 from pipelines.train.config import BatchConfig, DenoiserTaskConfig, VAETaskConfig
 from pipelines.train.engine import Engine
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -58,10 +61,8 @@ class Loss:
 class Task(Protocol):
     """What the loop asks of VAE, base and refiner."""
 
-    @property
-    def reader(self) -> Reader:
-        """What reads the task's dataset."""
-        ...
+    reader: Reader
+    """What reads the task's dataset."""
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks that learn, by name."""
@@ -69,6 +70,11 @@ class Task(Protocol):
 
     def losses(self, engines: Mapping[str, Engine], batch: Batch) -> Iterator[Loss]:
         """The losses of a micro-batch, one after another: each is learnt from before the next is made."""
+        ...
+
+    def validate(self, network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """What the averaged weights make of held-out rows, by curve: values [B] that depend on nothing but the rows'
+        numbers and the seed."""
         ...
 
     def samples(self, network: nn.Module, batch: Batch) -> np.ndarray:
@@ -94,7 +100,7 @@ class DenoiserTask:
         """`pinned` is the digest of the latents' manifest."""
         dataset = Storage(config.latents, options)
         manifest = require_manifest(dataset, "latents", pinned)
-        self.reader = LatentReader(dataset, manifest, device.type == "cuda")
+        self.reader: Reader = LatentReader(dataset, manifest, device.type == "cuda")
         self._config, self._batch, self._options, self._device = config, batch, options, device
         self._scaling_factor = float(manifest.facts["vae"]["scaling_factor"])
         self._clip_l_width = networks.text_config(config.text).clip_l.width
@@ -111,24 +117,53 @@ class DenoiserTask:
         Each quarter of the drawn timesteps has a curve of its own: a mean over all hides what happens at low noise.
         """
         assert isinstance(batch, LatentBatch)
-        config, unet = self._config.loss, self._unet.config
-        size, shape = len(batch.mean), batch.mean.shape[1:]
-        draws = draw(self._batch.seed, batch.first, size, shape, config, len(unet.conditioning), self._device)
+        config = self._config.loss
+        draws = self._draws(batch, config)
+        error = self._error(engines["unet"], to_device(batch, self._device), draws)  # [B]
+        shares = by_quarter(error, draws.timesteps, config.timesteps)
+        if config.min_snr_gamma is None:
+            yield Loss("unet", error, {}, shares)
+            return
+        weight = min_snr_weight(self._diffusion, draws.timesteps, config.min_snr_gamma)  # [B]
+        yield Loss("unet", weight * error, {"squared_error": error}, shares)
+
+    @torch.no_grad()
+    def validate(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The squared error [B] at one timestep in each quarter, and its mean over the quarters; nothing is dropped.
+
+        A row's place in the quarters follows from its number by the golden ratio, which spreads few rows and many
+        evenly; noise and posterior are drawn by its number as well.
+        """
+        assert isinstance(batch, LatentBatch)
+        kept = replace(self._config.loss, caption_dropout=0.0, text_dropout=0.0, size_dropout=0.0)
+        draws = self._draws(batch, kept)
         batch = to_device(batch, self._device)
+        numbers = torch.arange(batch.first, batch.first + len(batch.mean), dtype=torch.float64, device=self._device)
+        place = ((numbers + 0.5) * GOLDEN_RATIO) % 1.0  # [B]
+        (first, end), errors = kept.timesteps, {}
+        mean = torch.zeros(len(batch.mean), device=self._device)  # [B]
+        for low, high in quarters(first, end):
+            timesteps = low + (place * (high - low)).long()
+            error = self._error(network, batch, replace(draws, timesteps=timesteps))
+            errors[f"validation/squared_error_timesteps_{low}_to_{high - 1}"] = error
+            mean += error * ((high - low) / (end - first))
+        return {"validation/squared_error": mean, **errors}
+
+    def _draws(self, batch: LatentBatch, config: DenoiserLossConfig) -> Draws:
+        size, shape, sizes = len(batch.mean), batch.mean.shape[1:], len(self._unet.config.conditioning)
+        return draw(self._batch.seed, batch.first, size, shape, config, sizes, self._device)
+
+    def _error(self, predict: Callable[..., Tensor], batch: LatentBatch, draws: Draws) -> Tensor:
+        """Squared error [B] of the prediction for a batch, on the device, at what was drawn."""
+        unet = self._unet.config
         latents = scale(batch.mean, batch.std, draws.posterior_noise, self._scaling_factor)  # [B,4,h,w]
-        noise = offset_noise(draws.noise, config.offset_noise, draws)  # [B,4,h,w]
+        noise = offset_noise(draws.noise, self._config.loss.offset_noise, draws)  # [B,4,h,w]
         noisy_latents = self._diffusion.add_noise(latents, noise, draws.timesteps)  # [B,4,h,w]
         context, pooled = drop_text(batch.context, batch.pooled, draws, self._clip_l_width)  # [B,77,2048], [B,P]
         context = select_context(context, unet)  # [B,77,D]
         vector = conditioning_vector(pooled, batch.conditions, unet, draws.keep_sizes)  # [B,V]
-        prediction = engines["unet"](noisy_latents, draws.timesteps, context, vector)  # [B,4,h,w]
-        error = denoiser_loss(prediction, self._diffusion.target(latents, noise, draws.timesteps))  # [B]
-        quarters = by_quarter(error, draws.timesteps, config.timesteps)
-        if config.min_snr_gamma is None:
-            yield Loss("unet", error, {}, quarters)
-            return
-        weight = min_snr_weight(self._diffusion, draws.timesteps, config.min_snr_gamma)  # [B]
-        yield Loss("unet", weight * error, {"squared_error": error}, quarters)
+        prediction = predict(noisy_latents, draws.timesteps, context, vector)  # [B,4,h,w]
+        return denoiser_loss(prediction, self._diffusion.target(latents, noise, draws.timesteps))
 
     def samples(self, network: nn.Module, batch: Batch) -> np.ndarray:
         """The rows' images through the VAE, and below them: the base's own pictures for their captions, or the
@@ -188,7 +223,7 @@ class VAETask:
         manifest = require_manifest(index, "index", pinned)
         originals = Originals(all_sources(config.source, config.sources), options)
         max_pixels = int(manifest.fingerprint["max_pixels"])
-        self.reader = ImageReader(index, manifest, originals, config.crop, max_pixels)
+        self.reader: Reader = ImageReader(index, manifest, originals, config.crop, max_pixels)
         self._config, self._batch, self._device = config, batch, device
         self._vae = networks.vae(config.vae, options)
         self._discriminator = networks.discriminator(config.discriminator, batch.seed)
@@ -233,6 +268,22 @@ class VAETask:
         yield Loss("discriminator", hinge_loss(real, fake), {})
 
     @torch.no_grad()
+    def validate(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """How far the reconstructions are from the images, decoded from the posterior's mean: no noise enters."""
+        assert isinstance(network, VAE)
+        assert isinstance(batch, ImageBatch)
+        image = batch.image.to(self._device)  # [B,3,H,W]
+        reconstruction = network.decode(network.encode(image).mean).float()  # [B,3,H,W]
+        numbers = {
+            "validation/reconstruction": reconstruction_loss(image, reconstruction),
+            "validation/psnr": psnr(image, reconstruction),
+            "validation/ssim": ssim(image, reconstruction),
+        }
+        if self._lpips is not None:
+            numbers["validation/lpips"] = self._lpips(image, reconstruction)
+        return numbers
+
+    @torch.no_grad()
     def samples(self, network: nn.Module, batch: Batch) -> np.ndarray:
         """The images, and below them their reconstructions."""
         assert isinstance(batch, ImageBatch)
@@ -267,13 +318,16 @@ class VAETask:
 def by_quarter(error: Tensor, timesteps: Tensor, drawn: tuple[int, int]) -> dict[str, tuple[Tensor, Tensor]]:
     """Curves of the error [B] by quarter of the range `drawn` (first, one past the last) that the timesteps [B] lie in,
     named by the quarter's first and last timestep."""
-    first, end = drawn
-    edges = [first + (end - first) * quarter // 4 for quarter in range(5)]
     return {
         f"squared_error_timesteps_{low}_to_{high - 1}": (error, (timesteps >= low) & (timesteps < high))
-        for low, high in pairwise(edges)
-        if low < high
+        for low, high in quarters(*drawn)
     }
+
+
+def quarters(first: int, end: int) -> list[tuple[int, int]]:
+    """The quarters (first, one past the last) of a range of timesteps; of fewer than four timesteps, as many."""
+    edges = [first + (end - first) * quarter // 4 for quarter in range(5)]
+    return [(low, high) for low, high in pairwise(edges) if low < high]
 
 
 def mean_over_workers(value: Tensor) -> Tensor:

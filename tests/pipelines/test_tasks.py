@@ -22,6 +22,7 @@ from model.config import (
     VAELossConfig,
 )
 from model.lpips import LPIPS
+from model.metrics import psnr, ssim
 from model.vae import scale
 from model.vae_loss import adaptive_weight, adversarial_loss, divergence_loss, hinge_loss, reconstruction_loss
 from pipelines import networks
@@ -277,3 +278,45 @@ def test_a_vae_learns_with_every_term(lpips):
                 curve.append({name: float(value.detach().mean()) for name, value in loss.terms.items()})
     for name in ("reconstruction", "perceptual"):
         assert curve[-1][name] < 0.9 * curve[0][name], name
+
+
+def test_validation_measures_the_same_error_wherever_its_rows_stand_in_a_batch():
+    task = denoiser(loss=DenoiserLossConfig(caption_dropout=1.0, text_dropout=1.0, size_dropout=1.0))
+    network, batch = task.networks()["unet"], latents()
+    whole = task.validate(network, batch)
+    names = [f"validation/squared_error_timesteps_{low}_to_{low + 249}" for low in (0, 250, 500, 750)]
+    assert list(whole) == ["validation/squared_error", *names]
+    torch.testing.assert_close(whole["validation/squared_error"], torch.stack([whole[n] for n in names]).mean(0))
+    parts = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    last = {k: v[2:] for k, v in parts.items() if isinstance(v, Tensor)}
+    conditions = {name: value[2:] for name, value in batch.conditions.items()}
+    tail = dataclasses.replace(batch, first=batch.first + 2, conditions=conditions, **last)
+    for name, errors in task.validate(network, tail).items():
+        torch.testing.assert_close(errors, whole[name][2:])
+    other = dataclasses.replace(batch, context=batch.context + 1)
+    assert not torch.equal(task.validate(network, other)[names[0]], whole[names[0]])  # no caption is dropped
+
+
+def test_validation_timesteps_lie_in_the_refiners_own_range():
+    task = denoiser("tiny-refiner", loss=DenoiserLossConfig(timesteps=(0, 200)))
+    seen: list[Tensor] = []
+    network = task.networks()["unet"]
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    task.validate(network, latents())
+    assert [bool(((t >= low) & (t < low + 50)).all()) for t, low in zip(seen, (0, 50, 100, 150), strict=True)] == [
+        True
+    ] * 4
+    assert len(seen[0].unique()) == 4
+
+
+def test_a_vaes_validation_is_that_of_its_means(lpips):
+    config, network = lpips
+    task, batch = autoencoder(config), pictures()
+    vae = task.networks()["vae"]
+    with torch.no_grad():
+        made = vae.decode(vae.encode(batch.image).mean)
+    found = task.validate(vae, batch)
+    assert set(found) == {f"validation/{name}" for name in ("reconstruction", "psnr", "ssim", "lpips")}
+    torch.testing.assert_close(found["validation/psnr"], psnr(batch.image, made))
+    torch.testing.assert_close(found["validation/ssim"], ssim(batch.image, made))
+    torch.testing.assert_close(found["validation/lpips"], network(batch.image, made))

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # the server's limits
 REFUSALS = (400, 409, 413, 422)  # HTTP: about what was said, not about the server or the way there
 DENIALS = (401, 403, 404)  # a mistake in the address or the password, if it is there from the start
 LOCAL_ARTIFACTS = "mlartifacts"
+IMPORTING = threading.Lock()  # two threads that import MLflow for the first time can lock each other out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +68,16 @@ class Post:
 
     def connect(self) -> None:
         """Make the client, which raises for an address of no known kind, and speaks to no server."""
-        from mlflow import MlflowClient
+        with IMPORTING:
+            from mlflow import MlflowClient
 
         if self._client is None:
             self._client = MlflowClient(tracking_uri=self.ticket.uri)
 
     def send(self, entries: Sequence[Entry]) -> int:
         """Tell it the first of the entries, or all points at the beginning at once; gives how many."""
-        from mlflow.exceptions import MlflowException
+        with IMPORTING:
+            from mlflow.exceptions import MlflowException
 
         sure, self._sure = self._sure, False
         try:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from jobs.config import Job
+from jobs.remedies import remedy
 from pipelines.config import HIDDEN, without_secrets
 
 J = TypeVar("J", bound=Job)
@@ -144,6 +145,26 @@ def start_ray(job: Job) -> None:
     )
 
 
+def check_resources(job: Job, key: str, **asked: float) -> None:
+    """Whether Ray has the CPU and GPU that the setting asks for, once it runs: otherwise it waits for them, silently.
+
+    Raises JobError where this job started Ray for itself; warns where it joined a cluster, which may grow.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    lacking = [f"{count:g} {kind}" for kind, count in asked.items() if count > have.get(kind, 0.0)]
+    if not lacking:
+        return
+    there = ", ".join(f"{have.get(kind, 0.0):g} {kind}" for kind in asked)
+    what = f"{key}: {' and '.join(lacking)} are asked for, and Ray has {there}"
+    if job.ray.address is None and "RAY_ADDRESS" not in os.environ:
+        raise JobError(f"{what}: ask for less, set ray.cpus, or join a cluster (ray.address)")
+    print(
+        f"warning: {what}: the job waits until the cluster has grown, without an autoscaler for ever", file=sys.stderr
+    )
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -251,6 +272,9 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _complain(message: str, code: int) -> int:
     print(f"error: {_hidden(message)}", file=sys.stderr)
+    advice = remedy(message)
+    if advice is not None:
+        print(f"what to do: {advice}", file=sys.stderr)
     return code
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from jobs.cli import main, settings
+from jobs.cli import check_resources, main, settings
 from jobs.config import GenerateJob
 from pipelines.schema import require_manifest
 from pipelines.storage import Storage
@@ -17,6 +17,8 @@ def run(job: GenerateJob) -> None:
     from pipelines.evaluate.generate import generate_pictures
 
     config, output = job.generate, Storage(job.output, job.storage)
+    if config.resources.gpus:
+        check_resources(job, "generate.resources", GPU=config.resources.gpus * config.resources.workers[0])
     inputs = []
     if config.prompts.index is not None:
         index = Storage(config.prompts.index, job.storage)

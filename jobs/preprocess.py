@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING
 
-from jobs.cli import HELD, LOOK, USAGE_ERROR, JobError, main, settings, start_ray
+from jobs.cli import HELD, LOOK, USAGE_ERROR, JobError, check_resources, main, settings, start_ray
 from jobs.config import PreprocessJob
 from pipelines.preprocess.alert import HeldError
 from pipelines.preprocess.bucket import bucket_table
@@ -61,6 +61,9 @@ def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> str | None:
         def begin() -> None:
             tracked()
             start_ray(job)
+            resources = job.encode.resources
+            if stage == "latents" and resources.gpus:
+                check_resources(job, "encode.resources", GPU=resources.gpus * resources.workers[0])
 
         begun = time.perf_counter()
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from jobs.cli import settings
+from jobs.cli import check_resources, settings
 from jobs.config import TrainDenoiserJob, TrainingJob, TrainVAEJob
 from pipelines.schema import require_manifest
 from pipelines.storage import Storage
@@ -14,6 +14,9 @@ def train_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
     """Train, and print where the weights are."""
     from pipelines.train.launch import train
 
+    workers = job.workers
+    gpus = {"GPU": float(workers.count)} if workers.gpu else {}
+    check_resources(job, "workers", CPU=workers.count * workers.cpus, **gpus)
     begun = time.perf_counter()
     images = train(
         stage=stage,

@@ -1,0 +1,102 @@
+"""What to do about errors of the libraries below, whose own messages do not say. Ours say it themselves.
+
+docs/errors.md is the table for people; a test keeps the two together.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """One cause, and the way out."""
+
+    cause: str
+    """In a few words."""
+    pattern: str
+    """What the message holds, a regular expression."""
+    advice: str
+    """What a person does."""
+
+
+REMEDIES = (
+    Remedy(
+        cause="S3 credentials missing or without the right",
+        pattern=r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH"
+        r"|UNRECOGNIZED_CLIENT|EXPIRED)",
+        advice="Every node needs credentials for this bucket, from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a "
+        "profile, or an instance role; jobs carry none. If they are there, they are wrong or lack the right "
+        "to this bucket.",
+    ),
+    Remedy(
+        cause="S3 bucket missing",
+        pattern=r"AWS Error (NO_SUCH_BUCKET|RESOURCE_NOT_FOUND)",
+        advice="Check the bucket's name and storage.s3_region, and make the bucket first: jobs do not.",
+    ),
+    Remedy(
+        cause="S3 server out of reach",
+        pattern=r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE)",
+        advice="Check storage.s3_endpoint and the network of every node, then run the same command again: what is "
+        "finished stays. storage.s3_attempts and storage.s3_timeout_seconds say how long a job is patient.",
+    ),
+    Remedy(
+        cause="disk full",
+        pattern=r"No space left on device|OutOfDiskError|file_system_monitor",
+        advice="Make room, or give another output, and run the same command again: what is finished stays, and "
+        "nothing half-written counts. A node also needs room for a whole checkpoint in its temporary folder "
+        "(TMPDIR).",
+    ),
+    Remedy(
+        cause="GPU memory full",
+        pattern=r"CUDA out of memory|CUDA error: out of memory|torch\.OutOfMemoryError",
+        advice="Lower batch.micro_size (the global batch stays), set workers.activation_checkpointing=true, raise "
+        "workers.zero_stage or workers.count; when encoding or generating lower encode.batch or "
+        "generate.batch. --dry-run prints memory per worker.",
+    ),
+    Remedy(
+        cause="memory of a node full",
+        pattern=r"running low on memory|OutOfMemoryError|\bOOM\b",
+        advice="Lower encode.rows_per_file, or raise tasks.cpus and encode.resources.cpus so that fewer tasks run on "
+        "a node at once; when training lower batch.micro_size. --dry-run prints memory per worker.",
+    ),
+    Remedy(
+        cause="Ray or Python of another version",
+        pattern=r"Version mismatch: The cluster was started with",
+        advice="Client and all nodes need the same environment: install requirements.lock, or use the same image, "
+        "everywhere.",
+    ),
+    Remedy(
+        cause="Ray token missing or wrong",
+        pattern=r"(?i)unauthenticated|invalid or missing authentication token|authentication token",
+        advice="Set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN where the command is given; every node has "
+        "the same.",
+    ),
+    Remedy(
+        cause="no Ray cluster at the address",
+        pattern=r"Could not find any running Ray instance|Failed to connect to GCS"
+        r"|GCS (service )?.*(unavailable|timed out)",
+        advice="Start one (ray start --head), correct ray.address or RAY_ADDRESS, or unset both: then a job starts "
+        "Ray for itself.",
+    ),
+    Remedy(
+        cause="workers that do not reach each other",
+        pattern=r"NCCL error|ncclSystemError|ncclRemoteError|ncclInternalError|Gloo.*(timed? ?out|connect)"
+        r"|Connection closed by peer",
+        advice="Another worker died, or the network between nodes is closed: look for the first error above. All "
+        "ports have to be open between workers (infra/kubernetes/network.yaml); NCCL_DEBUG=INFO tells more. "
+        "The same command goes on from the last checkpoint.",
+    ),
+    Remedy(
+        cause="GPU asked for on a machine without one",
+        pattern=r"No CUDA GPUs are available|Found no NVIDIA driver|CUDA driver version is insufficient",
+        advice="Set workers.gpu=false and encode.resources.gpus=0 to compute on CPUs, or install the driver that the "
+        "torch build needs.",
+    ),
+)
+
+
+def remedy(message: str) -> str | None:
+    """What to do about an error with this message, or None where nothing is known."""
+    return next((item.advice for item in REMEDIES if re.search(item.pattern, message)), None)

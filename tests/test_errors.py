@@ -1,0 +1,133 @@
+"""Errors as a person meets them: each names its cause and says what to do, and docs/errors.md has them all."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from ray._private.utils import check_version_info
+
+from jobs import preprocess
+from jobs.cli import FAILURE, JobError, check_resources, load, main
+from jobs.config import PreprocessJob
+from jobs.remedies import REMEDIES, remedy
+from tests.conftest import ROOT, S3, Cluster
+
+PAGE = (ROOT / "docs/errors.md").read_text()
+ADVICE = {item.cause: item.advice for item in REMEDIES}
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch, capsys):
+    """Ends a job by an error, and gives what it printed of it."""
+    monkeypatch.chdir(tmp_path)
+    Path("job.toml").write_text('index = "index"\nsource.path = "images"\nstages = ["index"]\n')
+
+    def ended(*overrides: str, run=preprocess.plan) -> str:
+        with pytest.raises(SystemExit) as ending:
+            main(PreprocessJob, run, run, ["job.toml", *overrides, "--dry-run"])
+        assert ending.value.code == FAILURE
+        return capsys.readouterr().err
+
+    return ended
+
+
+def on(server: S3, bucket: str = "") -> list[str]:
+    place = f"source.path=s3://{bucket or server.bucket}/images"
+    return [place, f"storage.s3_endpoint={server.endpoint}", "storage.s3_attempts=1"]
+
+
+@pytest.mark.parametrize("wrong", [{}, {"AWS_ACCESS_KEY_ID": "unknown"}, {"AWS_SECRET_ACCESS_KEY": "wrong"}])
+def test_credentials_that_are_missing_or_wrong(s3: S3, told, monkeypatch, wrong):
+    if not wrong:
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    assert ADVICE["S3 credentials missing or without the right"] in told(*on(s3))
+
+
+def test_a_bucket_that_is_not_there_holds_no_image(s3: S3, told):
+    assert "s3://no-such-bucket/images: no image" in told(*on(s3, "no-such-bucket"))
+
+
+def test_an_s3_server_that_is_not_there(told):
+    error = told(*on(S3("http://127.0.0.1:9", "bucket")))
+    assert "Could not connect to server" in error
+    assert ADVICE["S3 server out of reach"] in error
+
+
+def test_a_full_disk(told):
+    def fill(job: PreprocessJob) -> None:
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+    assert ADVICE["disk full"] in told(run=fill)
+
+
+def test_a_cluster_of_another_version():
+    with pytest.raises(RuntimeError) as error:
+        check_version_info({"ray_version": "2.9.0", "python_version": "3.9.1"}, "this node")
+    assert remedy(str(error.value)) == ADVICE["Ray or Python of another version"]
+
+
+def test_more_gpus_or_cores_than_there_are(cluster: Cluster, tmp_path, monkeypatch, capsys):
+    (tmp_path / "job.toml").write_text('index = "index"\nsource.path = "images"\nstages = ["index"]\n')
+    job = load(PreprocessJob, str(tmp_path / "job.toml"), [])
+    check_resources(job, "workers", CPU=1.0)
+    check_resources(job, "workers", CPU=1.0, GPU=8.0)
+    assert "warning: workers: 8 GPU are asked for, and Ray has 4 CPU, 0 GPU: it waits" in capsys.readouterr().err
+    monkeypatch.delenv("RAY_ADDRESS")  # as a job that started Ray for itself
+    with pytest.raises(JobError, match=r"workers: 64 CPU and 8 GPU are asked for, .* \(ray\.address\)"):
+        check_resources(job, "workers", CPU=64.0, GPU=8.0)
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),  # as the libraries word them; docs/errors.md says which were not provoked
+    [
+        ("S3 bucket missing", "When initiating multiple part upload: AWS Error NO_SUCH_BUCKET during CreateMultipart"),
+        (
+            "GPU memory full",
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        ),
+        (
+            "memory of a node full",
+            "Task was killed due to the node running low on memory.",
+        ),
+        ("Ray token missing or wrong", "Unauthenticated: Invalid or missing authentication token"),
+        (
+            "no Ray cluster at the address",
+            "Could not find any running Ray instance. Please specify the one",
+        ),
+        ("workers that do not reach each other", "torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL"),
+        (
+            "workers that do not reach each other",
+            "[gloo/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]",
+        ),
+        ("GPU asked for on a machine without one", "RuntimeError: No CUDA GPUs are available"),
+    ],
+)
+def test_messages_of_libraries_get_their_advice(cause, message):
+    assert remedy(message) == ADVICE[cause]
+
+
+def test_what_is_not_known_gets_no_advice(told, tmp_path):
+    assert remedy("optimizer.lr: 0.001 -> 0.5") is None
+    Path("images").mkdir()
+    Image.new("RGB", (8, 8)).save("images/a.png")
+
+    def fail(job: PreprocessJob) -> None:
+        raise ValueError("words of ours")
+
+    assert "what to do" not in told(run=fail)
+
+
+def test_the_page_has_every_advice_and_names_tests_that_exist():
+    lines = PAGE.replace("\n", " ")
+    assert [item.cause for item in REMEDIES if item.advice not in lines] == []
+    named = re.findall(r"(test_\w+\.py)::(test_\w+)", PAGE)
+    assert len(named) > 10
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [f"{file}::{test}" for file, test in named if f"def {test}(" not in files.get(file, "")] == []

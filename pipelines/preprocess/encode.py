@@ -16,7 +16,7 @@ from model.text import tokenize
 from model.vae import VAE, Posterior
 from pipelines import networks
 from pipelines.config import CropConfig, Size, TextWeightsConfig, WeightsConfig
-from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, crop_pixels, decode, draw_crop
+from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, read_crop
 from pipelines.originals import Originals
 from pipelines.preprocess.config import EncodeConfig
 from pipelines.preprocess.measure import map_rows
@@ -49,15 +49,13 @@ def crop_images(rows: pa.Table, originals: Originals, crop: CropConfig, max_pixe
         if content_id(data) != values[Column.ID]:
             return values | {FAILURE: "the file has changed since it was indexed"}
         try:
-            image = decode(data, max_pixels)
+            pixels, top_left, flip = read_crop(data, (height, width), crop, values[Column.ID], max_pixels)
         except DECODE_ERRORS as error:
             return values | {FAILURE: f"{type(error).__name__}: {error}"}
-        bucket = (height, width)
-        top_left, flip = draw_crop((image.height, image.width), bucket, crop, values[Column.ID])
         return values | {
-            PIXELS: crop_pixels(image, bucket, top_left, flip).tobytes(),
+            PIXELS: pixels.tobytes(),
             Column.CROP_TOP_LEFT: top_left,
-            Column.TARGET_SIZE: bucket,
+            Column.TARGET_SIZE: (height, width),
             Column.FLIP: flip,
         }
 

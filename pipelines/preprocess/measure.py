@@ -11,7 +11,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.config import Size
-from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, decode, header_size
+from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, decode, decode_reduced, header_size
 from pipelines.originals import Originals
 from pipelines.preprocess.config import MOST_DISTINCT, FilterConfig
 from pipelines.preprocess.near import HASH_SIDE, perceptual_hash
@@ -20,6 +20,7 @@ from pipelines.preprocess.write import timed
 from pipelines.schema import INDEX_SCHEMA, Column, Reject
 
 LEAST_HASHED_CONTRAST = 1.0  # of 255; below, a hash would be one of rounding
+LOOKED_AT = (HASH_SIDE * 3, HASH_SIDE * 3)  # pixels that are enough to see what an image looks like
 READ_THREADS = 8  # reads in flight per task; decoding releases the interpreter lock
 
 
@@ -45,12 +46,16 @@ def measure(inputs: pa.Table, originals: Originals, filters: FilterConfig) -> pa
             if height * width > filters.max_pixels:
                 detail = f"the header claims {height} x {width} pixels"
                 return index | {Column.REJECT_REASON: Reject.TOO_LARGE, Column.REJECT_DETAIL: detail}
-            image = decode(data, filters.max_pixels)
-            index[Column.ORIGINAL_SIZE] = image.height, image.width  # a PNG's orientation may lie behind its pixels
+            image, scale = decode_reduced(data, filters.max_pixels, LOOKED_AT)
+            # again, because a PNG's orientation may lie behind its pixels
+            index[Column.ORIGINAL_SIZE] = image.height * scale, image.width * scale
+            seen = looks(image)
+            if scale > 1 and seen[Column.DISTINCT_PIXELS] < MOST_DISTINCT:
+                seen = looks(decode(data, filters.max_pixels))  # an average may hide what is small
         except DECODE_ERRORS as error:
             detail = f"{type(error).__name__}: {error}"[:500]
             return index | {Column.REJECT_REASON: Reject.UNREADABLE, Column.REJECT_DETAIL: detail}
-        return index | looks(image)
+        return index | seen
 
     measured = map_rows(row, inputs, INDEX_SCHEMA)
     return measured.drop_columns([name for name in (CAPTION_FILE, PROBLEM) if name in measured.column_names])

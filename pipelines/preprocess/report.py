@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from model.config import CONTEXT_LENGTH
-from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, decode
+from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, decode_reduced
 from pipelines.preprocess.charts import (
     MUTED,
     cards,
@@ -251,7 +251,7 @@ def _thumbnails(summary: Summary, read: Read) -> dict[str, str | None]:
         if size is None or size[0] * size[1] > LARGEST_DRAWN:
             return None
         try:
-            image = decode(read(row), LARGEST_DRAWN)
+            image, _ = decode_reduced(read(row), LARGEST_DRAWN, (THUMBNAIL, THUMBNAIL))
         except (*UNREADABLE_ERRORS, *DECODE_ERRORS):  # gone or changed since; the page says that there is no picture
             return None
         image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)

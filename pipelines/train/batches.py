@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.config import Conditioning
 from pipelines.config import CropConfig, Size
-from pipelines.images import content_id, crop_pixels, decode, draw_crop
+from pipelines.images import content_id, read_crop
 from pipelines.latents import LatentFile
 from pipelines.originals import Originals
 from pipelines.schema import Column, DataFile, Manifest, data_files, kept_rows, pair_array
@@ -232,13 +232,12 @@ class ImageReader:
             data = self._originals.read(known)
             if content_id(data) != image_id:
                 raise ValueError("its bytes have changed")
-            image = decode(data, self._max_pixels)
+            draw_id = f"{image_id}:{number}"
+            return np.ascontiguousarray(read_crop(data, bucket, self._crop, draw_id, self._max_pixels)[0])
         except Exception as error:
             raise RuntimeError(
                 f"{known[Column.SOURCE]}:{known[Column.PATH]}: the index keeps it, and it cannot be used now: {error}"
             ) from error
-        top_left, flip = draw_crop((image.height, image.width), bucket, self._crop, f"{image_id}:{number}")
-        return np.ascontiguousarray(crop_pixels(image, bucket, top_left, flip))
 
 
 def images_by_bucket(index: Storage, manifest: Manifest) -> dict[Size, pa.Table]:

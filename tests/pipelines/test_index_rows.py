@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipelines.config import SourceConfig
-from pipelines.images import content_id, decode
+from pipelines.images import content_id, decode, decode_reduced
 from pipelines.originals import Originals
 from pipelines.preprocess.bucket import assign_buckets
 from pipelines.preprocess.config import FilterConfig
@@ -278,3 +278,15 @@ def test_unreadable_files_are_not_duplicates_of_each_other():
 
 def test_no_rows_have_no_duplicates():
     assert mark_duplicates(VERDICT.empty_table()).num_rows == 0
+
+
+def test_a_dot_that_averages_away_where_a_jpeg_is_reduced_is_no_blank_image(index):
+    image = Image.new("RGB", (2304, 2304), (128, 128, 128))
+    image.putpixel((1001, 1002), (150, 150, 150))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=100)
+    reduced, scale = decode_reduced(buffer.getvalue(), 10**8, (96, 96))
+    assert (scale, reduced.getcolors(2)) == (8, [(288 * 288, (128, 128, 128))])
+    row = index({"a.jpg": buffer.getvalue()})["a.jpg"]
+    assert row["distinct_pixels"] > 1
+    assert (row["reject_reason"], row["original_size"]) == (None, [2304, 2304])

@@ -1,0 +1,150 @@
+"""Files to pixels beside a plain Pillow loop, and looking at headers first beside decoding first.
+
+Sides take turns in one process. Each line gives the median of the rounds, and their minimum and maximum; the ratio is
+that of the medians. The pictures are drawn, with edges, lines and grain: JPEG at quality 90.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.config import CropConfig, Size
+from pipelines.images import decode, decode_reduced, draw_crop, fit, header_size, read_crop
+from pipelines.preprocess.measure import READ_THREADS, looks
+
+ROUNDS, CORES, LIMIT = 7, 2, 10**9
+CROP = CropConfig()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the tasks of a stage, which have a core each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def photograph(height: int, width: int, seed: int = 0) -> bytes:
+    draws = np.random.Generator(np.random.PCG64(seed))
+    coarse = Image.fromarray(draws.integers(0, 256, (height // 100, width // 100, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float32) * 0.75
+    pixels += 40 * (np.add.outer(np.arange(height), np.arange(width)) // 9 % 2)[..., None]
+    pixels += draws.normal(0, 6, (height, width, 1)).astype(np.float32)
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def pillow(data: bytes, bucket: Size, draw_id: str = "") -> np.ndarray:
+    """What a plain loop does: decode, convert, resize with Lanczos, crop."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    height, width = fit((image.height, image.width), bucket)
+    (top, left), _ = draw_crop((image.height, image.width), bucket, CROP, draw_id)
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(resized)[top : top + bucket[0], left : left + bucket[1]]
+
+
+def ours(data: bytes, bucket: Size, draw_id: str = "") -> np.ndarray:
+    return read_crop(data, bucket, CROP, draw_id, LIMIT)[0]
+
+
+def turns(sides: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each round; the first warms up."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(ROUNDS + 1):
+        for name, run in sides.items():
+            begun = time.perf_counter()
+            run()
+            found[name].append(time.perf_counter() - begun)
+    return {name: values[1:] for name, values in found.items()}
+
+
+def show(title: str, found: dict[str, list[float]], images: int) -> None:
+    print(f"\n{title}")
+    base = statistics.median(next(iter(found.values())))
+    for name, values in found.items():
+        milliseconds = [1e3 * value / images for value in (statistics.median(values), min(values), max(values))]
+        middle, least, most = milliseconds
+        ratio = base / statistics.median(values)
+        print(f"  {name:<44} {middle:8.1f} ms an image  ({least:.1f} to {most:.1f})  {ratio:5.2f}")
+
+
+@pytest.mark.parametrize(
+    ("title", "size", "bucket", "count", "most"),
+    [
+        ("C1: 12 MP to 896 x 1152", (3000, 4000), (896, 1152), 4, 1),
+        ("C2: 1 MP to 512 x 512", (896, 1152), (512, 512), 24, 1),
+        ("12 MP to 256 x 256, reduced while it is decoded", (3000, 4000), (256, 256), 4, None),
+    ],
+)
+def test_decode_and_resize(title: str, size: Size, bucket: Size, count: int, most: int | None) -> None:
+    files = [photograph(*size, seed=seed) for seed in range(min(count, 6))]
+    files = [files[number % len(files)] for number in range(count)]
+    errors = [np.abs(ours(data, bucket).astype(int) - pillow(data, bucket)) for data in files[:6]]
+    assert most is None or max(int(error.max()) for error in errors) <= most
+    deviation = max(float(np.sqrt(np.square(error).mean())) for error in errors)
+    assert deviation < 1
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+
+        def together(side: Callable[..., object]) -> list[object]:
+            return list(pool.map(side, files, [bucket] * count))
+
+        found = turns(
+            {
+                "Pillow, one after another": lambda: [pillow(data, bucket) for data in files],
+                "ours, one after another": lambda: [ours(data, bucket) for data in files],
+                f"Pillow, {READ_THREADS} threads on {CORES} cores": lambda: together(pillow),
+                f"ours, {READ_THREADS} threads on {CORES} cores": lambda: together(ours),
+            }
+        )
+    kilobytes = sum(map(len, files)) / len(files) / 1e3
+    differing = statistics.mean(float((error > 0).mean()) for error in errors)
+    apart = f"{100 * differing:.2f}% of values differ, by {max(int(e.max()) for e in errors)} at most"
+    show(f"{title}; {kilobytes:.0f} kB each; {apart}, {deviation:.2f} in root mean square", found, count)
+
+
+def test_measuring() -> None:
+    """What the index asks of pixels: whole images beside ones that are reduced while they are decoded."""
+    files = [photograph(3000, 4000, seed) for seed in range(4)]
+
+    def whole() -> list[object]:
+        return [looks(decode(data, LIMIT)) for data in files]
+
+    def reduced() -> list[object]:
+        return [looks(decode_reduced(data, LIMIT, (96, 96))[0]) for data in files]
+
+    apart = [
+        (one["perceptual_hash"] ^ other["perceptual_hash"]).bit_count()
+        for one, other in zip(whole(), reduced(), strict=True)
+    ]
+    found = turns({"decoded whole": whole, "ours": reduced})
+    show(f"measure 12 MP; hashes at most {max(apart)} bits apart", found, len(files))
+
+
+def test_headers_first() -> None:
+    """C4: half of the images are larger than the limit."""
+    files = [photograph(896, 1152, seed) if seed % 2 else photograph(900, 1160, seed) for seed in range(12)]
+    limit = 896 * 1152
+
+    def decode_first() -> Sequence[Size]:
+        images = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
+        return [(image.height, image.width) for image in images if image.height * image.width <= limit]
+
+    def header_first() -> Sequence[Size]:
+        sizes = [(data, header_size(data)) for data in files]
+        images = [decode(data, limit) for data, (height, width) in sizes if height * width <= limit]
+        return [(image.height, image.width) for image in images]
+
+    assert decode_first() == header_first() == [(896, 1152)] * 6
+    found = turns({"decode, then look at the size": decode_first, "ours: header first": header_first})
+    show("C4: half of 1 MP images rejected by size", found, len(files))

@@ -13,8 +13,10 @@ from jobs.config import PreprocessJob
 from pipelines.preprocess.alert import HeldError
 from pipelines.preprocess.bucket import bucket_table
 from pipelines.preprocess.lease import DatasetInUseError, Lease, lease
+from pipelines.preprocess.sources.listing import list_inputs
+from pipelines.preprocess.sources.survey import Survey, survey
 from pipelines.schema import Manifest, read_manifest, require_manifest
-from pipelines.storage import Storage
+from pipelines.storage import Storage, StorageOptions
 from pipelines.tracking import Lineage, Run, closing, open_run, send_left, tracking_uri
 
 if TYPE_CHECKING:
@@ -140,10 +142,8 @@ def _tell(run: Run, outcome: Outcome, seconds: float) -> None:
 
 def plan(job: PreprocessJob) -> None:
     """Print what would be done."""
-    from pipelines.preprocess.sources.listing import list_source
-
     for source in job.all_sources:
-        print(f"{source.name}: {list_source(source, job.storage).num_rows} images in {source.path}")
+        print(f"{source.name}: {_describe_source(survey(source, job.storage), job.storage)} in {source.path}")
     table = bucket_table(job.buckets)
     print(f"buckets: {len(table)}, from {table[0][0]} x {table[0][1]} to {table[-1][0]} x {table[-1][1]} (h x w)")
     for kind, folder in (("index", job.index), ("latents", job.latents)):
@@ -158,6 +158,16 @@ def plan(job: PreprocessJob) -> None:
         width = 2 if job.encode.dtype == "bfloat16" else 4
         print(f"memory per encoder, without activations: {readable((vae + text) * width)}")
         print(f"memory: {readable(rows * area * 3)} of pixels for each task of {rows} images on its way")
+
+
+def _describe_source(found: Survey, options: StorageOptions) -> str:
+    """What there is, as far as it shows before containers are read."""
+    if found.kind == "folder":
+        return f"{list_inputs([found], options).num_rows} images"
+    from pipelines.estimate import readable
+
+    size = sum(container.size for container in found.containers)
+    return f"{len(found.containers)} files ({found.kind}), {readable(size)},"
 
 
 def _describe(manifest: Manifest) -> str:

@@ -29,6 +29,9 @@ DEFAULT_SCORE = "aesthetic_score"
 class ColumnsConfig:
     """Names that a source gives to what is read from it. One that is set and not there is an error."""
 
+    image: str | None = None
+    """The image: in a table its bytes, or a file's name; in tars the suffix. None takes the first there is of "image",
+    "jpg", "png", "webp" and "file_name" in a table, and a sample's only image in a tar."""
     caption: str = "caption"
     """The caption; "" for none."""
     aesthetic_score: str | None = None
@@ -46,10 +49,13 @@ class SourceConfig:
     """What the index calls this source. Together with its path in the source it names an image; another name makes
     other rows."""
     path: str
-    """Folder, local or s3://, of images at any depth, with a .txt caption beside each or metadata.jsonl or metadata.csv
-    (file_name, caption, ...) in it or below."""
+    """Folder, local or s3://, or one .tar or .parquet file."""
+    kind: Literal["auto", "folder", "parquet", "webdataset", "huggingface"] = "auto"
+    """"folder": images at any depth, with a .txt caption beside each or metadata.jsonl or metadata.csv in it or below.
+    "parquet": tables with an image's bytes in each row, or the name of its file, below the table's folder, absolute or
+    s3://. "webdataset": tars, such as img2dataset's. "huggingface": a dataset that save_to_disk wrote. "auto" looks."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    """What the metadata calls the caption and the scores."""
+    """What the source calls image, caption and scores."""
 
 
 def all_sources(source: SourceConfig | None, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:

@@ -1,7 +1,10 @@
-"""The original images of one or several sources, as the index names them."""
+"""The original images of one or several sources: files, or parts of files, as the index names them."""
 
 from __future__ import annotations
 
+import re
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,18 +13,37 @@ import pyarrow.compute as pc
 
 from pipelines.config import SourceConfig
 from pipelines.schema import Column
-from pipelines.storage import Storage, StorageOptions
+from pipelines.spans import unpack
+from pipelines.storage import RangeReader, Storage, StorageOptions
+
+OPEN_FILES = 256  # files that images are parts of, held open by each process
+ABSOLUTE = "^(/|s3://)"  # names of files that stand for themselves, and not for a place below a source's folder
+SINGLE_FILES = (".tar", ".parquet")  # what a source's path may name, in place of a folder
 
 
 class Originals:
-    """Reads the bytes of images, by their rows of the index or of a source's inputs."""
+    """Reads the bytes of images, by their rows of the index or of a source's inputs. Threads may share it."""
 
     def __init__(self, sources: Sequence[SourceConfig], options: StorageOptions) -> None:
-        self._storages = {source.name: Storage(source.path, options) for source in sources}
+        self._sources, self._options = tuple(sources), options
+        self._storages = {source.name: source_folder(source.path, options)[0] for source in sources}
+        self._open: OrderedDict[tuple[str, str], RangeReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Originals, (self._sources, self._options)  # files are opened again in each process
 
     def read(self, row: Mapping[str, Any]) -> bytes:
-        """The image file's bytes. Raises FileNotFoundError where there is none."""
-        return self.storage(row[Column.SOURCE]).read(row[Column.PATH])
+        """The image's bytes as they were put in. Raises FileNotFoundError where their file is not there."""
+        storage, name = self.storage(row[Column.SOURCE]), row[Column.FILE] or row[Column.PATH]
+        if re.match(ABSOLUTE, name):
+            folder, _, name = name.rpartition("/")
+            storage = Storage(folder or "/", self._options)
+        if row[Column.OFFSET] is None:
+            return storage.read(name)
+        span = bytearray(row[Column.LENGTH])
+        self._reader(storage, name).read_into(memoryview(span), row[Column.OFFSET])
+        return unpack(bytes(span), row[Column.CODEC], row[Column.SKIP] or 0, row[Column.FILE_SIZE])
 
     def storage(self, source: str) -> Storage:
         """The folder of a source, by its name."""
@@ -35,3 +57,24 @@ class Originals:
                 f"the index has images of the source {', '.join(map(repr, unknown))}, "
                 f"and the settings name {', '.join(map(repr, self._storages))}"
             )
+
+    def _reader(self, storage: Storage, name: str) -> RangeReader:
+        key = (storage.uri, name)
+        with self._lock:
+            if key in self._open:
+                self._open.move_to_end(key)
+                return self._open[key]
+        reader = storage.open(name)  # two threads may open one at a time: no harm
+        with self._lock:
+            self._open[key] = reader
+            while len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        return reader
+
+
+def source_folder(path: str, options: StorageOptions) -> tuple[Storage, str | None]:
+    """The folder of a source, and the file's name where the path names one."""
+    if not path.endswith(SINGLE_FILES):
+        return Storage(path, options), None
+    folder, _, name = path.rpartition("/")
+    return Storage(folder or ".", options), name

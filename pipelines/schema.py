@@ -37,13 +37,18 @@ class Column(StrEnum):
     KEY = "key"  # what makes the row this row: a hash of the input and all that it is made of
     ID = "id"  # sha256 of the image file's bytes, 32 hex digits; null where they could not be read
     SOURCE = "source"  # name of the source that the image is of
-    PATH = "path"  # file name below the source's folder
+    PATH = "path"  # the image's name in its source: a file below its folder, FILE/MEMBER of a tar, FILE#ROW of a table
+    FILE = "file"  # file that holds the image, below the source's folder or absolute; null where PATH is it
+    OFFSET = "offset"  # first byte of the image in FILE, or of the span that holds it; null where the whole file is it
+    LENGTH = "length"  # bytes from there
+    CODEC = "codec"  # how the span is packed; null for not at all
+    SKIP = "skip"  # bytes of the unpacked span before the image
     CAPTION = "caption"
     ORIGINAL_SIZE = "original_size"  # (height, width) in pixels, upright, before any resize
     BUCKET = "bucket"  # (height, width) in pixels
     AESTHETIC_SCORE = "aesthetic_score"  # null where the source has none
     SCORES = "scores"  # further scores that the source has, by name
-    FILE_SIZE = "file_size"  # bytes
+    FILE_SIZE = "file_size"  # bytes of the image as it is stored; -1 where there is none
     DISTINCT_PIXELS = "distinct_pixels"  # distinct pixel values of the image; 256 stands for all above
     CONTRAST = "contrast"  # standard deviation of brightness, of 255, over a thumbnail of 32 x 32
     PERCEPTUAL_HASH = "perceptual_hash"  # 64 bits of the thumbnail; null where it has hardly any contrast
@@ -78,6 +83,13 @@ class Reject(StrEnum):
 PAIR = pa.list_(pa.int32(), 2)
 NULLABLE_PAIR = pa.list_(pa.int32())  # Arrow writes a null of a fixed-size list to Parquet and cannot read it back
 SCORES = pa.map_(pa.string(), pa.float32())
+PLACE = (  # where the bytes of an image lie; FILE_SIZE says how many they are
+    pa.field(Column.FILE, pa.string()),
+    pa.field(Column.OFFSET, pa.int64()),
+    pa.field(Column.LENGTH, pa.int64()),
+    pa.field(Column.CODEC, pa.string()),
+    pa.field(Column.SKIP, pa.int64()),
+)
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -85,6 +97,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field(Column.ID, pa.string()),
         pa.field(Column.SOURCE, pa.string(), nullable=False),
         pa.field(Column.PATH, pa.string(), nullable=False),
+        *PLACE,
         pa.field(Column.CAPTION, pa.string()),
         pa.field(Column.ORIGINAL_SIZE, NULLABLE_PAIR),
         pa.field(Column.BUCKET, NULLABLE_PAIR),
@@ -101,7 +114,6 @@ INDEX_SCHEMA = pa.schema(
 
 INDEX_ONLY = (  # what no later stage asks for
     Column.SCORES,
-    Column.FILE_SIZE,
     Column.DISTINCT_PIXELS,
     Column.CONTRAST,
     Column.PERCEPTUAL_HASH,

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from annotated_types import Gt
 from pyarrow import fs as pafs
 
+READ_AHEAD = 2**20  # bytes of a stream
 TEMPORARY = ".incomplete-"  # prefix of a local file that is still being written
 
 
@@ -68,6 +69,39 @@ class RangeReader:
             if count == 0:
                 raise OSError(f"{self.name} ends before byte {offset + len(target)}")
             done += count
+
+
+class StorageError(RuntimeError):
+    """The storage failed, which says nothing of what it stores: no OSError, which readers of file formats raise too."""
+
+
+class _Stream(io.RawIOBase):
+    """A stored file of `size` bytes as a stream that can seek."""
+
+    def __init__(self, reader: RangeReader, size: int) -> None:
+        self._reader, self._size, self._place = reader, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        return self._place
+
+    def readinto(self, target: Any) -> int:
+        count = max(0, min(len(target), self._size - self._place))
+        try:
+            self._reader.read_into(memoryview(target).cast("B")[:count], self._place)
+        except OSError as error:
+            raise StorageError(f"{self._reader.name} cannot be read: {error}") from error
+        self._place += count
+        return count
 
 
 @dataclass(frozen=True)
@@ -161,10 +195,24 @@ class Storage:
         with self.filesystem.open_input_stream(self.path(name)) as stream:
             return stream.read()
 
+    def map(self, name: str) -> pa.Buffer:
+        """The bytes of `name`, mapped to memory where it is local and read where it is not."""
+        if not self.is_local:
+            return pa.py_buffer(self.read(name))
+        with pa.memory_map(self.path(name)) as file:
+            return file.read_buffer()
+
     def open(self, name: str) -> RangeReader:
         """The file `name`, for reading parts of it."""
         path = self.path(name)
         return RangeReader(io.FileIO(path) if self.is_local else self.filesystem.open_input_file(path), name)
+
+    def stream(self, name: str, size: int) -> io.BufferedReader:
+        """The file `name` of `size` bytes, read ahead in pieces; seeking past one leaves bytes unread.
+
+        Where the storage fails, reading raises StorageError.
+        """
+        return io.BufferedReader(_Stream(self.open(name), size), READ_AHEAD)
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write `name` whole, replacing what is there."""

@@ -32,6 +32,8 @@ def measure(inputs: pa.Table, originals: Originals, filters: FilterConfig) -> pa
         index = {name: values.get(name) for name in INDEX_SCHEMA.names}
         if values[CAPTION_FILE] is not None:
             index[Column.CAPTION] = _read_caption(originals, values)
+        if values[Column.FILE_SIZE] is None:
+            index[Column.FILE_SIZE] = -1
         if values[PROBLEM] is not None:
             return index | {Column.REJECT_REASON: Reject.UNREADABLE, Column.REJECT_DETAIL: values[PROBLEM]}
         try:
@@ -40,7 +42,7 @@ def measure(inputs: pa.Table, originals: Originals, filters: FilterConfig) -> pa
             root = originals.storage(values[Column.SOURCE]).root
             detail = f"{type(error).__name__}: {error}".replace(f"{root}/", "")  # a dataset names no place
             return index | {Column.REJECT_REASON: Reject.UNREADABLE, Column.REJECT_DETAIL: detail[:500]}
-        index[Column.ID] = content_id(data)
+        index[Column.ID], index[Column.FILE_SIZE] = content_id(data), len(data)
         try:
             height, width = index[Column.ORIGINAL_SIZE] = header_size(data)
             if height * width > filters.max_pixels:

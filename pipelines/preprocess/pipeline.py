@@ -23,7 +23,15 @@ from pipelines.preprocess.encode import Encoder, crop_images
 from pipelines.preprocess.filter import decide
 from pipelines.preprocess.lease import Lease
 from pipelines.preprocess.measure import measure
-from pipelines.preprocess.sources.listing import list_inputs
+from pipelines.preprocess.sources.listing import (
+    ERROR,
+    NUMBER,
+    forget_listings,
+    list_inputs,
+    unlisted,
+    write_listings,
+)
+from pipelines.preprocess.sources.survey import Container, survey
 from pipelines.preprocess.write import (
     FAILURE,
     collect_garbage,
@@ -66,6 +74,7 @@ JUDGED = [  # what verdicts follow from
     Column.REJECT_REASON,
     Column.REJECT_DETAIL,
 ]
+SHOWN_ERRORS = 10  # containers whose columns are wrong, most often all alike
 INDEX_COMPRESSION, LATENTS_COMPRESSION = "zstd", "none"  # loaders read single rows of latents in place
 
 
@@ -112,7 +121,11 @@ def build_index(
         "buckets": [list(size) for size in table],
     }
     folder = _folder(fingerprint)
-    inputs = list_inputs(sources, dataset.options)
+    surveys = [survey(source, dataset.options) for source in sources]
+    if containers := unlisted(surveys, dataset):
+        begin()
+        _list_containers(containers, dataset, resources)
+    inputs = list_inputs(surveys, dataset.options, lambda container: dataset.read_table(container.listing))
     new = missing(inputs, stored(dataset, folder))
     units = cut(new, rows_per_file)
     seconds: dict[str, float] = {}
@@ -129,6 +142,7 @@ def build_index(
         )
         _, seconds = _run(stages, "index", new.num_rows)
     manifest, change, look = _commit_index(held, folder, inputs, fingerprint, filters=filters, alerts=alerts)
+    forget_listings(surveys, dataset)
     return Outcome(manifest=manifest, done=new.num_rows, failures={}, seconds=seconds, change=change, look=look)
 
 
@@ -195,6 +209,19 @@ def build_latents(
         failures=failures,
     )
     return Outcome(manifest=manifest, done=rows.num_rows - len(failures), failures=failures, seconds=seconds)
+
+
+def _list_containers(containers: Sequence[Container], dataset: Storage, resources: StageResources) -> None:
+    """List containers, each in a task of its own. Raises ValueError with what is wrong with the first ones."""
+    units = [pa.table({NUMBER: [number]}) for number in range(len(containers))]
+    stage = partial(write_listings, containers=containers, dataset=dataset)
+    errors = []
+    with progress("list", len(containers), unit="files") as bar:
+        for row in dataset_of(units).map_batches(stage, **tasks(resources)).iter_rows():
+            errors += [row[ERROR]] if row[ERROR] is not None else []
+            bar.update(1)
+    if errors:
+        raise ValueError("\n  ".join(sorted(errors)[:SHOWN_ERRORS]))
 
 
 def _folder(fingerprint: Mapping[str, Any]) -> str:

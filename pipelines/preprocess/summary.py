@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipelines.config import Size
 from pipelines.preprocess.filter import kept_instead
-from pipelines.schema import Column, Manifest, Reject, data_files
+from pipelines.schema import PLACE, Column, Manifest, Reject, data_files
 from pipelines.storage import Storage
 
 SIDE_EDGES = [2 ** (step / 4) for step in range(65)]  # of the size map, pixels: quarter octaves up to 65,536
@@ -29,8 +29,12 @@ READ = [
     Column.PERCEPTUAL_HASH,
     Column.REJECT_REASON,
     Column.REJECT_DETAIL,
+    *(Column.FILE_SIZE, *(field.name for field in PLACE)),
 ]
-SHOWN = [Column.KEY, Column.SOURCE, Column.PATH, Column.CAPTION, Column.ORIGINAL_SIZE, Column.REJECT_DETAIL]
+SHOWN = [
+    *(Column.KEY, Column.SOURCE, Column.PATH, Column.CAPTION, Column.ORIGINAL_SIZE, Column.REJECT_DETAIL),
+    *(Column.FILE_SIZE, *(field.name for field in PLACE)),  # pictures are read by their place
+]
 Row = dict[str, Any]
 
 

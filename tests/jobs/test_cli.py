@@ -104,7 +104,9 @@ def test_what_fails_on_its_way_is_told_in_words_and_ends_with_one(folder, capsys
     for image in Path("images").iterdir():
         image.unlink()
     assert ended("job.toml", "--dry-run") == FAILURE == 1
-    assert capsys.readouterr().err.startswith(f"error: source 'source', {folder}/images: no image")
+    assert capsys.readouterr().err.startswith(
+        f"error: source 'source', {folder}/images: there is no such folder, or it"
+    )
 
 
 def test_flags_and_settings_may_come_in_any_order(folder):

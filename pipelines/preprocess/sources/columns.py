@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.config import DEFAULT_SCORE, ColumnsConfig
 from pipelines.preprocess.sources.inputs import listed, scores_column
@@ -56,6 +57,52 @@ class Records:
                 Column.SCORES: scores_column(numbers, len(aesthetic)),
             }
         )
+
+
+def told(table: pa.Table, config: ColumnsConfig, where: str) -> pa.Table:
+    """The columns caption, aesthetic_score and scores of a table's rows. A score that is NaN is none.
+
+    Raises ValueError where a column is missing, or is of a type that it cannot be read from.
+    """
+    check_columns(table.column_names, config, where)
+    names = table.column_names
+    scores = {name: _number_column(table, column, where) for name, column in config.scores.items()}
+    score = config.aesthetic_score or (DEFAULT_SCORE if DEFAULT_SCORE in names else None)
+    empty = pa.nulls(table.num_rows)
+    return pa.table(
+        {
+            Column.CAPTION: _text_column(table, config.caption, where) if config.caption else empty.cast(pa.string()),
+            Column.AESTHETIC_SCORE: _number_column(table, score, where) if score else empty.cast(pa.float32()),
+            Column.SCORES: scores_column(scores, table.num_rows),
+        }
+    )
+
+
+def told_columns(there: Iterable[str], config: ColumnsConfig) -> list[str]:
+    """Those columns of a table that `told` asks for."""
+    named = {*wanted_columns(config).values(), config.aesthetic_score or DEFAULT_SCORE}
+    return [name for name in there if name in named]
+
+
+def _text_column(table: pa.Table, name: str, where: str) -> pa.Array:
+    return pc.utf8_trim_whitespace(_cast(table.column(name), pa.string(), name, where))
+
+
+def _number_column(table: pa.Table, name: str, where: str) -> pa.Array:
+    numbers = _cast(table.column(name), pa.float64(), name, where)
+    if pc.any(pc.is_inf(numbers)).as_py():
+        raise ValueError(f"{where}: {name} is infinite in row {pc.index(pc.is_inf(numbers), True).as_py()}")
+    return pc.cast(pc.if_else(pc.is_nan(numbers), None, numbers), pa.float32())
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType, name: str, where: str) -> pa.Array:
+    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        raise ValueError(f"{where}: {name} is of type {column.type}, and {kind} was expected")
+    try:
+        cast = column.cast(kind)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{where}: {name} is of type {column.type}, and {kind} was expected: {error}") from error
+    return cast.combine_chunks() if cast.num_chunks != 1 else cast.chunk(0)
 
 
 def _text(value: Any, column: str, where: str) -> str | None:

@@ -16,17 +16,25 @@ import pyarrow.compute as pc
 
 from pipelines.config import SourceConfig
 from pipelines.preprocess.sources.columns import Records, check_columns
-from pipelines.preprocess.sources.inputs import CAPTION_FILE, IMAGE_NAME, IMAGE_SUFFIXES, PROBLEM, STAMP
+from pipelines.preprocess.sources.inputs import (
+    CAPTION_FILE,
+    IMAGE_NAME,
+    IMAGE_SUFFIXES,
+    MISSING,
+    PROBLEM,
+    STAMP,
+    listed_table,
+    stamps_of,
+)
 from pipelines.schema import Column
 from pipelines.storage import Storage
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_NAME = "file_name"  # the column that the convention gives the image's place, below the metadata file's folder
-MISSING = "there is no such file"
 
 
 def list_folder(source: Storage, files: pa.Table, config: SourceConfig) -> pa.Table:
-    """Inputs without keys: the image files among `files`, and what metadata files name.
+    """Inputs without keys, sorted by path: the image files among `files`, and what metadata files name.
 
     A metadata file describes images in its folder and below; the nearest goes before. Where it gives no caption, the
     text file of the image's name does. An image that is described and not there is an input too, with its problem.
@@ -40,28 +48,27 @@ def list_folder(source: Storage, files: pa.Table, config: SourceConfig) -> pa.Ta
         )
     described, records = _read_metadata(source, names, config)
     paths = pc.unique(pa.chunked_array([*images.chunks, pa.array(described, pa.string())]))
+    paths = paths.take(pc.sort_indices(paths))
     told = records.table().take(pc.index_in(paths, pa.array(described, pa.string())))
     place = pc.index_in(paths, names)
     sidecars = pc.replace_substring_regex(paths, r"\.[^./]*$", "")
     beside = pc.index_in(pc.binary_join_element_wise(sidecars, ".txt", ""), names)
     beside = pc.if_else(pc.is_null(told.column(Column.CAPTION)), beside, None)
-    stamps = pc.binary_join_element_wise(
-        pc.cast(files.column("size"), pa.string()), pc.cast(files.column("modified_us"), pa.string()), ":"
+    stamps = stamps_of(files)
+    both = pc.binary_join_element_wise(
+        stamps.take(place), stamps.take(beside), " ", null_handling="replace", null_replacement="-"
     )
-    caption_stamps = stamps.take(beside)
-    return pa.table(
-        {
+    found = {name: told.column(name) for name in told.column_names}
+    return listed_table(
+        len(paths),
+        **found,
+        **{
             Column.PATH: paths,
-            Column.CAPTION: told.column(Column.CAPTION),
             CAPTION_FILE: names.take(beside),
-            Column.AESTHETIC_SCORE: told.column(Column.AESTHETIC_SCORE),
-            Column.SCORES: told.column(Column.SCORES),
             Column.FILE_SIZE: pc.fill_null(files.column("size").take(place), -1),
             PROBLEM: pc.if_else(pc.is_null(place), MISSING, None),
-            STAMP: pc.binary_join_element_wise(
-                stamps.take(place), caption_stamps, " ", null_handling="replace", null_replacement="-"
-            ),
-        }
+            STAMP: both,
+        },
     )
 
 

@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.schema import SCORES, Column, digest
+from pipelines.schema import PLACE, SCORES, Column, digest
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 IMAGE_NAME = r"\.(" + "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES) + ")$"
 
-STAMP = "stamp"  # size and modification time of the files that the row was found in
+STAMP = "stamp"  # size and modification time of the files that the row was found in; null: of FILE, yet to be looked up
 CAPTION_FILE = "caption_file"  # text file that has the caption, read together with the image
 PROBLEM = "problem"  # why there is nothing to read; null where there is
+MISSING = "there is no such file"
 
 INPUT_SCHEMA = pa.schema(
     [
         pa.field(Column.KEY, pa.string(), nullable=False),
         pa.field(Column.SOURCE, pa.string(), nullable=False),
         pa.field(Column.PATH, pa.string(), nullable=False),
+        *PLACE,
         pa.field(Column.CAPTION, pa.string()),
         pa.field(CAPTION_FILE, pa.string()),
         pa.field(Column.AESTHETIC_SCORE, pa.float32()),
         pa.field(Column.SCORES, SCORES),
-        pa.field(Column.FILE_SIZE, pa.int64(), nullable=False),
+        pa.field(Column.FILE_SIZE, pa.int64()),  # null where it shows only when the image is read
         pa.field(PROBLEM, pa.string()),
     ]
+)
+LISTED_SCHEMA = pa.schema(  # what is known of an input before it has a key
+    [field for field in INPUT_SCHEMA if field.name not in (Column.KEY, Column.SOURCE)] + [pa.field(STAMP, pa.string())]
 )
 IDENTITY_ROWS = 65_536  # rows whose identities are in memory as Python values at a time
 
 
 def keyed(rows: pa.Table, source: str) -> pa.Table:
-    """Inputs of one source, with STAMP in place of their key, as INPUT_SCHEMA, sorted by path.
+    """Inputs of one source, with STAMP in place of source and key, as INPUT_SCHEMA, in their order.
 
     A key stands for all that an index row is made of: where the image lies, its file's stamp, caption and scores.
     """
-    rows = rows.append_column(Column.SOURCE, pa.repeat(source, rows.num_rows)).sort_by(Column.PATH)
+    rows = rows.append_column(Column.SOURCE, pa.repeat(source, rows.num_rows))
     identity = [STAMP, *(name for name in INPUT_SCHEMA.names if name not in (Column.KEY, Column.FILE_SIZE, PROBLEM))]
     keys = [
         digest(list(values))
@@ -47,6 +53,20 @@ def keyed(rows: pa.Table, source: str) -> pa.Table:
     ]
     rows = rows.append_column(Column.KEY, pa.array(keys, pa.string()))
     return rows.select(INPUT_SCHEMA.names).cast(INPUT_SCHEMA)
+
+
+def listed_table(rows: int, **columns: Any) -> pa.Table:
+    """Columns in the order and types of LISTED_SCHEMA; those that are not given are null."""
+    arrays = [columns.get(field.name, pa.nulls(rows)) for field in LISTED_SCHEMA]
+    return pa.table(
+        [array.cast(field.type) for field, array in zip(LISTED_SCHEMA, arrays, strict=True)], schema=LISTED_SCHEMA
+    )
+
+
+def stamps_of(files: pa.Table) -> pa.ChunkedArray:
+    """The stamp of each file of a folder's listing."""
+    size, modified = (pc.cast(files.column(name), pa.string()) for name in ("size", "modified_us"))
+    return pc.binary_join_element_wise(size, modified, ":")
 
 
 def scores_column(scores: dict[str, pa.Array], rows: int) -> pa.Array:

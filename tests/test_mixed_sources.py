@@ -1,0 +1,99 @@
+"""Sources of every kind in one index, through Ray; what is kept is cropped and trained on from where it lies."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.config import ColumnsConfig, CropConfig, SourceConfig, StageResources
+from pipelines.originals import Originals
+from pipelines.preprocess.config import AlertConfig, BucketConfig, FilterConfig, ScoreLimits
+from pipelines.preprocess.encode import crop_images
+from pipelines.preprocess.lease import lease
+from pipelines.preprocess.pipeline import Outcome, build_index
+from pipelines.preprocess.write import FAILURE
+from pipelines.schema import kept_rows
+from pipelines.storage import Storage, StorageOptions
+from pipelines.train.batches import ImageReader
+from tests.conftest import Cluster
+from tests.pipelines.test_containers import sample, save_dataset, write_tar
+
+KEPT = 9
+MAX_PIXELS = 10_000
+
+
+def picture(number: int) -> bytes:
+    draws = np.random.default_rng(number)
+    buffer = io.BytesIO()
+    Image.fromarray(draws.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def sources(tmp_path) -> list[SourceConfig]:
+    """Nine pictures that are kept; a duplicate, a broken tar, a picture with a watermark, a row without one."""
+    (tmp_path / "folder").mkdir()
+    for number in (0, 1):
+        (tmp_path / f"folder/{number}.png").write_bytes(picture(number))
+        (tmp_path / f"folder/{number}.txt").write_text(f"caption {number}")
+    tar = [sample(str(n), picture(n), caption=f"caption {n}", pwatermark=0.9 if n == 4 else 0.1) for n in (2, 3, 4)]
+    write_tar(tmp_path / "tars/0.tar", [member for members in tar for member in members])
+    (tmp_path / "tars/1.tar").write_bytes((tmp_path / "tars/0.tar").read_bytes()[:700])
+    (tmp_path / "tables").mkdir()
+    table = {"jpg": [picture(n) for n in (5, 6, 0)] + [None], "caption": [f"caption {n}" for n in (5, 6, 0, 9)]}
+    pq.write_table(pa.table(table), tmp_path / "tables/t.parquet")
+    saved = {"image": [picture(n) for n in (7, 8, 10)], "text": ["caption 7", "caption 8", "caption 10"]}
+    save_dataset(tmp_path / "saved", pa.table(saved))
+    watermark = ColumnsConfig(scores={"watermark": "pwatermark"})
+    columns = {"tars": watermark, "saved": ColumnsConfig(caption="text")}
+    return [
+        SourceConfig(name=name, path=str(tmp_path / name), columns=columns.get(name, ColumnsConfig()))
+        for name in ("folder", "tars", "tables", "saved")
+    ]
+
+
+def test_every_kind_of_source_becomes_one_index_that_later_stages_read_by(cluster: Cluster, sources, tmp_path) -> None:
+    dataset = Storage(str(tmp_path / "index"))
+
+    def run() -> Outcome:
+        with lease(dataset) as held:
+            return build_index(
+                sources=sources,
+                filters=FilterConfig(scores={"watermark": ScoreLimits(max=0.5)}),
+                buckets=BucketConfig(resolution=32, table="square", multiple=8),
+                held=held,
+                rows_per_file=8,
+                resources=StageResources(),
+                alerts=AlertConfig(),
+                begin=lambda: None,
+            )
+
+    first = run()
+    assert first.manifest.counts == {"kept": KEPT, "duplicate": 1, "high_score": 1, "unreadable": 2}
+    listings = {file.name: file.modified_us for file in dataset.list("listings")}
+    assert len(listings) == 5
+    again = run()
+    assert (again.done, again.manifest.digest) == (0, first.manifest.digest)
+    assert {file.name: file.modified_us for file in dataset.list("listings")} == listings
+
+    kept = kept_rows(dataset, first.manifest)
+    originals, crop = Originals(sources, StorageOptions()), CropConfig()
+    expected = {f"caption {n}": picture(n) for n in (0, 1, 2, 3, 5, 6, 7, 8, 10)}
+    assert {row["caption"]: originals.read(row) for row in kept.to_pylist()} == expected
+    assert crop_images(kept, originals, crop, MAX_PIXELS).column(FAILURE).null_count == KEPT
+    reader = ImageReader(dataset, first.manifest, originals, crop, MAX_PIXELS)
+    assert reader.read(np.array([[0, n] for n in range(KEPT)]), (32, 32), first=0).image.shape == (KEPT, 3, 32, 32)
+
+    write_tar(tmp_path / "tars/1.tar", sample("11", picture(11), caption="caption 11", pwatermark=0.1))
+    later = run()
+    assert (later.done, later.manifest.counts["kept"], later.manifest.counts["unreadable"]) == (1, KEPT + 1, 1)
+    assert len(listings.keys() & {file.name for file in dataset.list("listings")}) == 4
+    pq.write_table(pa.table({"jpg": [picture(12)]}), tmp_path / "tables/without.parquet")
+    with pytest.raises(ValueError, match=r"^\S*without.parquet: source.columns.caption is 'caption'") as error:
+        run()
+    assert "Traceback" not in str(error.value)

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +26,6 @@ PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # the server's limits
 REFUSALS = (400, 409, 413, 422)  # HTTP: about what was said, not about the server or the way there
 DENIALS = (401, 403, 404)  # a mistake in the address or the password, if it is there from the start
 LOCAL_ARTIFACTS = "mlartifacts"
-IMPORTING = threading.Lock()  # two threads that import MLflow for the first time can lock each other out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,28 +58,20 @@ class Post:
     """Tells MLflow entries of one run. After every trouble it first asks what the server has already."""
 
     def __init__(self, ticket: Ticket) -> None:
+        from mlflow import MlflowClient  # on the caller's thread: beside other imports its own could lock both out
+
         self.ticket = ticket
         self.opening = False  # whether a person waits who can mend a wrong address or password
-        self._client: Any = None
+        self._client: Any = MlflowClient(tracking_uri=ticket.uri)  # speaks to no server, and opens a database
         self._sure = False  # whether the server has just what was sent
         self._asked = self._last = -1  # images seen of its last point, when it was asked, and now
 
-    def connect(self) -> None:
-        """Make the client, which raises for an address of no known kind, and speaks to no server."""
-        with IMPORTING:
-            from mlflow import MlflowClient
-
-        if self._client is None:
-            self._client = MlflowClient(tracking_uri=self.ticket.uri)
-
     def send(self, entries: Sequence[Entry]) -> int:
         """Tell it the first of the entries, or all points at the beginning at once; gives how many."""
-        with IMPORTING:
-            from mlflow.exceptions import MlflowException
+        from mlflow.exceptions import MlflowException
 
         sure, self._sure = self._sure, False
         try:
-            self.connect()
             told = self._tell(entries, sure)
         except MlflowException as error:
             if error.get_http_status_code() in REFUSALS + (DENIALS if self.opening else ()):

@@ -68,7 +68,11 @@ def open_run(
     A new run gets the configuration as parameters and as the artifact config.json, and its input datasets. Where the
     server does not answer, that is said, and the run is opened when it does. Raises ValueError where it refuses.
     """
-    run = Run(Ticket(uri=uri, stage=stage, key=key or uuid.uuid4().hex, run_id=run_id, output=output))
+    ticket = Ticket(uri=uri, stage=stage, key=key or uuid.uuid4().hex, run_id=run_id, output=output)
+    try:
+        run = Run(ticket)
+    except Exception as error:  # of an address of no known kind, or a database that does not open
+        raise ValueError(f"tracking.uri: {ticket.server} refuses: {error}") from error
     if key is not None or run_id is not None:
         run.outbox.load()
         run._tell("status", status="RUNNING")
@@ -150,15 +154,11 @@ class Run:
     def start(self) -> None:
         """Tell the server of the run, if it answers. Raises ValueError where it refuses."""
         self._post.opening = True
-        try:
-            self._post.connect()
-            self.outbox.flush(OPEN_SECONDS, tries=1)
-            if self.outbox.refused:
-                raise ValueError(self.outbox.refused[0])
-        except Exception as error:
-            self.outbox.stop()
-            raise ValueError(f"tracking.uri: {self.ticket.server} refuses: {error}") from error
+        self.outbox.flush(OPEN_SECONDS, tries=1)
         self._post.opening = False
+        if self.outbox.refused:
+            self.outbox.stop()
+            raise ValueError(f"tracking.uri: {self.ticket.server} refuses: {self.outbox.refused[0]}")
 
     def keep(self) -> None:
         """Make sure that what was told outlives this process: sent, or on storage."""

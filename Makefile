@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 OUTPUT ?= demo-output
 
-.PHONY: demo test check ui bench lock clean
+# Where known vulnerabilities are asked for, and by what: a tool of its own, which nothing here imports.
+AUDIT_SERVICE := api.osv.dev
+AUDIT := pip-audit==2.10.0
+
+.PHONY: demo test check audit ui bench lock clean
 
 demo: $(STAMP)  ## the whole pipeline on rendered pictures; ARGS="preset=gpu" for one GPU
 	$(BIN)/python -m jobs.demo jobs/configs/demo.toml output=$(OUTPUT) $(ARGS)
@@ -13,10 +17,16 @@ demo: $(STAMP)  ## the whole pipeline on rendered pictures; ARGS="preset=gpu" fo
 test: $(STAMP)  ## the test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(STAMP)  ## lint, format and types
+check: $(STAMP)  ## lint, format, types; known vulnerabilities are told and do not fail it
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy model pipelines jobs
+	@$(MAKE) --no-print-directory audit || echo "audit: see above; make audit fails on it, make check does not"
+
+audit: $(STAMP)  ## known vulnerabilities of the locked packages; says so where the service does not answer
+	@if $(BIN)/python -c 'import socket; socket.create_connection(("$(AUDIT_SERVICE)", 443), 20)' 2> /dev/null; then \
+	  $(BIN)/uv tool run --quiet $(AUDIT) --vulnerability-service osv --disable-pip --require-hashes --requirement requirements.lock; \
+	else echo "audit: $(AUDIT_SERVICE) does not answer: nothing was audited"; fi
 
 ui: $(STAMP)  ## the MLflow page on the demo's runs
 	$(BIN)/python -m mlflow ui --backend-store-uri sqlite:///$(abspath $(OUTPUT))/mlflow.db --port 5000

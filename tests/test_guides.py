@@ -1,0 +1,95 @@
+"""Every command of the guides: its settings load, and a line below says which test runs it, or why none does."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from jobs.cli import SUBMITTED, WORKER_ENVIRONMENT, load, main
+from tests.conftest import ROOT
+from tests.test_architecture import JOBS
+
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "decisions" not in path.parts)
+BLOCK = re.compile(r"^```console\n(.*?)^```\n(.*?)(?:\n\n|\Z)", re.M | re.S)
+BLOCKS = [
+    pytest.param(*found.groups(), id=f"{path.name}-{number}")
+    for path in PAGES
+    for number, found in enumerate(BLOCK.finditer(path.read_text()))
+]
+OTHERS = ("make", ".", "ray", "export", "python -m mlflow")  # what a block may hold that is no job
+
+
+def commands(block: str) -> list[list[str]]:
+    """The words of each command; a line that ends in a backslash goes on."""
+    lines = block.replace("\\\n", " ").splitlines()
+    assert all(line.startswith("$ ") for line in lines), (
+        "a console block holds commands; what they print goes elsewhere"
+    )
+    return [shlex.split(line.removeprefix("$ ")) for line in lines]
+
+
+def job_of(words: list[str]) -> list[str] | None:
+    """The job's words in a command, submitted or not: module, configuration, overrides."""
+    if words[:3] == ["ray", "job", "submit"]:
+        words = words[words.index("--") + 1 :]
+    return words[2:] if words[:2] == ["python", "-m"] and words[2].startswith("jobs.") else None
+
+
+@pytest.mark.parametrize(("block", "below"), BLOCKS)
+def test_the_settings_of_every_command_load(block, below, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for words in commands(block):
+        job = job_of(words)
+        if job is None:
+            assert " ".join(words).startswith(OTHERS), words
+            continue
+        if words[0] == "ray":
+            monkeypatch.setenv(SUBMITTED, "{}")
+        module, config, *overrides = job
+        load(JOBS[module.removeprefix("jobs.")], config, [word for word in overrides if word != "--dry-run"])
+        monkeypatch.delenv(SUBMITTED, raising=False)
+
+
+@pytest.mark.parametrize(("block", "below"), BLOCKS)
+def test_below_every_block_stands_which_test_runs_it_or_why_none_does(block, below):
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", below)
+    assert named or below.startswith("Not run here")
+    assert below.startswith(("Run by", "Not run here"))
+    for file, test in named:
+        (path,) = (ROOT / "tests").rglob(file)
+        assert f"def {test}(" in path.read_text(), f"{file} has no {test}"
+
+
+def test_there_are_guides():
+    assert len(BLOCKS) >= 12
+    assert {path.name for path in (ROOT / "docs/guides").iterdir()} <= {Path(path).name for path in PAGES}
+
+
+def test_the_laptop_guide_looks_before_it_starts(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "my-images" / "holidays"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        Image.effect_noise((40, 30), 60).save(folder / f"{number}.jpg")
+        (folder / f"{number}.txt").write_text("a picture")
+    for name in WORKER_ENVIRONMENT:
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.chdir(tmp_path)
+    (words,) = (
+        words
+        for found in BLOCK.finditer((ROOT / "docs/guides/laptop.md").read_text())
+        for words in commands(found[1])
+        if "--dry-run" in words
+    )
+    module, config, *overrides = job_of(words) or []
+    from jobs import preprocess
+
+    assert module == "jobs.preprocess"
+    with pytest.raises(SystemExit) as ending:
+        main(JOBS["preprocess"], preprocess.run, preprocess.plan, [str(ROOT / config), *overrides])
+    assert ending.value.code == 0
+    printed = capsys.readouterr().out
+    assert "3 images" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my-images"]

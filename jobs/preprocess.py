@@ -74,13 +74,12 @@ def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> str | None:
             tracked().tags({"alert": "held", "alert.reason": str(error)})
             raise JobError(f"{stage}: {error}", HELD) from error
         manifest, seconds = outcome.manifest, time.perf_counter() - begun
-        report = _report(job, held, outcome, seconds) if stage == "index" else None  # also where a killed run left none
+        report = _report(job, stage, held, outcome, seconds)  # also where a killed run left none
         if outcome.done == len(outcome.failures) == 0 and before is not None and before.digest == manifest.digest:
             print(f"{stage}: nothing new, {_describe(manifest)}")
             return None
         _tell(tracked(), outcome, seconds)
-        if report is not None:
-            tracked().file("report.html", report.encode())
+        tracked().file("report.html", report.encode())
         print(f"{stage}: {outcome.done} made in {seconds:.1f} s, {_describe(manifest)}")
         if outcome.failures:
             raise JobError(
@@ -118,11 +117,14 @@ def _build(job: PreprocessJob, stage: str, held: Lease, begin: Callable[[], None
     )
 
 
-def _report(job: PreprocessJob, held: Lease, outcome: Outcome, seconds: float) -> str:
+def _report(job: PreprocessJob, stage: str, held: Lease, outcome: Outcome, seconds: float) -> str:
     from pipelines.originals import Originals
+    from pipelines.preprocess.latents_report import write_latents_report
     from pipelines.preprocess.report import write_report
 
     times = {"rows": outcome.done, "seconds": seconds, "stages": outcome.seconds} if outcome.done else None
+    if stage == "latents":
+        return write_latents_report(held.dataset, outcome.manifest, times)
     return write_report(held.dataset, outcome.manifest, times, Originals(job.all_sources, job.storage).read)
 
 

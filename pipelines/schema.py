@@ -7,7 +7,7 @@ A dataset is a folder:
     files/<digest>.parquet      the manifest's list of data files
     data/<fingerprint>/...      Parquet files of rows; one that no manifest names is not part of the dataset
     lease/...                   who writes it now
-    report.html, times.json     an index only: what it holds, for a person, and what its last run took
+    report.html, times.json     what it holds, for a person, and what its last run took
 
 Nothing inside is absolute, so a copied folder is the same dataset.
 """

@@ -55,16 +55,29 @@ def write_report(index: Storage, manifest: Manifest, times: Mapping[str, Any] | 
     `times` are those of a run that measured images: rows, seconds, and the seconds of each stage's tasks; None leaves
     those of an earlier run in place.
     """
+    return up_to_date(
+        index,
+        manifest,
+        times,
+        lambda noted: render(summarize(index, manifest, max(EXAMPLES, KEPT_EXAMPLES)), manifest, noted, read),
+    )
+
+
+def up_to_date(
+    dataset: Storage,
+    manifest: Manifest,
+    times: Mapping[str, Any] | None,
+    make: Callable[[Mapping[str, Any]], str],
+) -> str:
+    """The page beside a dataset, made again from its times if it shows another version."""
     if times is not None:
-        index.write_json(TIMES, times)
-    if index.exists(REPORT):
-        html = index.read(REPORT).decode()
+        dataset.write_json(TIMES, times)
+    if dataset.exists(REPORT):
+        html = dataset.read(REPORT).decode()
         if f'name="digest" content="{manifest.digest}"' in html[:500]:
             return html
-    if times is None:
-        times = index.read_json(TIMES) if index.exists(TIMES) else {}
-    html = render(summarize(index, manifest, max(EXAMPLES, KEPT_EXAMPLES)), manifest, times, read)
-    index.write(REPORT, html.encode())
+    html = make(times or (dataset.read_json(TIMES) if dataset.exists(TIMES) else {}))
+    dataset.write(REPORT, html.encode())
     return html
 
 
@@ -78,7 +91,7 @@ def render(summary: Summary, manifest: Manifest, times: Mapping[str, Any], read:
         _buckets(summary, manifest),
         _crops(summary),
         _captions(summary),
-        _throughput(times),
+        throughput(times),
         _near(summary),
         _duplicates(summary, thumbnails),
         _examples(summary, thumbnails),
@@ -171,7 +184,8 @@ def _captions(summary: Summary) -> str:
     return section("Captions", text, columns(labels, summary.words[: last + 1].tolist(), axis="words", height=160))
 
 
-def _throughput(times: Mapping[str, Any]) -> str:
+def throughput(times: Mapping[str, Any]) -> str:
+    """Images a second of each stage; nothing where no run has noted its times."""
     if not times:
         return ""
     rows, wall = times["rows"], times["seconds"]
@@ -181,7 +195,7 @@ def _throughput(times: Mapping[str, Any]) -> str:
         if seconds
     ]
     text = (
-        f"The last run that measured images did {rows:,} in {wall:,.1f} s, {rows / wall:,.1f} a second in all. "
+        f"The last run that made rows did {rows:,} in {wall:,.1f} s, {rows / wall:,.1f} a second in all. "
         "Below, the seconds of all tasks together, and images a second of one task."
     )
     return section("Throughput", text, table(["stage", "images", "task seconds", "images/s of a task"], lines))

@@ -15,6 +15,7 @@ from PIL import Image
 from pipelines.preprocess.charts import columns, funnel, heat_map, percent, short
 from pipelines.preprocess.config import FilterConfig
 from pipelines.preprocess.filter import decide
+from pipelines.preprocess.latents_report import write_latents_report
 from pipelines.preprocess.measure import looks
 from pipelines.preprocess.report import REPORT, write_report
 from pipelines.preprocess.summary import MOST_WORDS, summarize
@@ -160,6 +161,18 @@ def test_a_picture_that_is_gone_or_too_large_is_said_to_be_none(tmp_path):
 @pytest.mark.parametrize("rows", [[], [{"id": None, "reject_reason": "unreadable", "reject_detail": "x"}]])
 def test_an_index_without_a_kept_row_has_a_report(tmp_path, rows):
     assert "Index report" in Dataset(tmp_path, rows).write()
+
+
+def test_latents_have_a_page_of_their_own(tmp_path):
+    latents = Storage(str(tmp_path))
+    fingerprint = {"schema": SCHEMA_VERSION, "buckets": [[64, 256], [128, 128]], "dtype": "bfloat16"}
+    content = {"fingerprint": fingerprint, "parents": {}, "failed": {f"photos:{SCRIPT}": f"not finite {SCRIPT}"}}
+    manifest = write_manifest(latents, [], kind="latents", counts={"128x128": 3}, **content)
+    seen = Texts(write_latents_report(latents, manifest, {"rows": 3, "seconds": 2.0, "stages": {"encode": 1.5}}))
+    assert {"128 x 128: 3", "64 x 256: 0", "1 of 2", "bfloat16", "encode", "2.0"} <= set(seen.texts)
+    assert {f"photos:{SCRIPT}", f"not finite {SCRIPT}"} <= set(seen.texts)
+    assert "script" not in seen.tags
+    assert write_latents_report(latents, manifest, None) == latents.read(REPORT).decode()
 
 
 def test_charts_scale_to_what_they_show():

@@ -12,7 +12,7 @@ from pipelines import networks
 from pipelines.config import WeightsConfig
 from pipelines.schema import require_manifest
 from pipelines.storage import Storage, StorageOptions
-from tests.conftest import ROOT, S3, SCHEDULE, Finished
+from tests.conftest import ROOT, S3, Finished
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def test_preprocess_and_train_on_s3(bucket: Storage, finished: Finished, tmp_pat
     manifest = require_manifest(bucket.folder("latents"), "latents")
     assert manifest.counts == local.counts
     assert manifest.fingerprint == local.fingerprint
-    job = load(TrainBaseJob, str(configs / "train_base.toml"), overrides(bucket, finished, "train_base", *SCHEDULE))
+    short = ("schedule.images=16", "schedule.checkpoint_images=8", "workers.count=1")
+    job = load(TrainBaseJob, str(configs / "train_base.toml"), overrides(bucket, finished, "train_base", *short))
     train_base.run(job)
     weights = WeightsConfig(preset="tiny-base", path=f"{bucket.uri}/base")
     assert networks.unet(weights, bucket.options).config == UNET_PRESETS["tiny-base"]

@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,8 +14,8 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
 
-from jobs import generate, preprocess, train_base, train_refiner, train_vae
-from jobs.config import GenerateJob, PreprocessJob, TrainBaseJob, TrainingJob, TrainRefinerJob, TrainVAEJob
+from jobs import generate, preprocess, train_base, train_vae
+from jobs.config import GenerateJob, PreprocessJob, TrainBaseJob, TrainVAEJob
 from pipelines.schema import Column, data_files, require_manifest
 from pipelines.storage import TEMPORARY, Storage
 from tests.conftest import SCHEDULE, Demo, Finished, killing
@@ -87,44 +86,37 @@ def test_a_run_that_stopped_half_way_leaves_nothing_that_looks_finished(finished
     assert content(tmp_path / "latents", "latents") == content(finished.root / "latents", "latents")
 
 
-@pytest.mark.parametrize(
-    ("stage", "job", "kind", "more"),
-    [
-        ("vae", train_vae, TrainVAEJob, ["task.loss.adversarial_start_images=16"]),
-        ("base", train_base, TrainBaseJob, []),
-        ("refiner", train_refiner, TrainRefinerJob, ["workers.zero_stage=2"]),
-    ],
-)
-def test_training_after_a_worker_is_killed_ends_with_the_same_weights(
-    finished: Finished, tmp_path: Path, stage: str, job: ModuleType, kind: type[TrainingJob], more: list[str]
+def test_training_of_two_networks_after_a_worker_is_killed_ends_with_the_same_weights(
+    finished: Finished, tmp_path: Path
 ) -> None:
-    demo = copy_of(finished, tmp_path, *(["images", "index"] if stage == "vae" else ["latents", "vae"]))
-    checkpointed = lambda: any((tmp_path / stage).glob("checkpoints/checkpoint_*/progress.json"))  # noqa: E731
-    with killing("RayTrainWorker", checkpointed) as killed:
-        job.run(demo.load(kind, f"train_{stage}", *SCHEDULE, *more))
+    demo = copy_of(finished, tmp_path, "images", "index")
+    with killing("RayTrainWorker", lambda: 16 in checkpointed(tmp_path / "vae")) as killed:
+        train_vae.run(demo.load(TrainVAEJob, "train_vae", *SCHEDULE, "task.loss.adversarial_start_images=16"))
     assert killed
-    assert_same_weights(tmp_path / stage, finished.root / stage)
-    assert curve(tmp_path, "images_seen", stage) == [8, 16, 24, 32]  # neither a gap nor a point twice
+    assert_same_weights(tmp_path / "vae", finished.root / "vae")
+    assert curve(tmp_path, "images_seen", "vae") == [8, 16, 24, 32]  # neither a gap nor a point twice
 
 
-def test_training_in_two_goes_equals_training_in_one(finished: Finished, tmp_path: Path) -> None:
+def test_training_in_two_goes_with_a_worker_killed_and_the_export_missed_equals_training_in_one(
+    finished: Finished, tmp_path: Path
+) -> None:
     demo = copy_of(finished, tmp_path, "latents", "vae")
+    base = tmp_path / "base"
     train_base.run(demo.load(TrainBaseJob, "train_base", "schedule.images=16", "schedule.checkpoint_images=16"))
-    first = json.loads((tmp_path / "base" / "run.json").read_text())
-    train_base.run(demo.load(TrainBaseJob, "train_base", *SCHEDULE))
-    assert json.loads((tmp_path / "base" / "run.json").read_text())["run_id"] == first["run_id"]
-    assert_same_weights(tmp_path / "base", finished.root / "base")
+    first = json.loads((base / "run.json").read_text())
+    with killing("RayTrainWorker", lambda: 24 in checkpointed(base)) as killed:
+        train_base.run(demo.load(TrainBaseJob, "train_base", "schedule.images=32", "schedule.checkpoint_images=8"))
+    assert killed
+    assert_same_weights(base, finished.root / "base")
     assert curve(tmp_path, "images_seen") == [8, 16, 24, 32]
+    last = json.loads((base / "run.json").read_text())
+    assert last["run_id"] == first["run_id"]
 
-
-def test_a_run_that_was_killed_before_its_export_only_exports(finished: Finished, tmp_path: Path) -> None:
-    demo = copy_of(finished, tmp_path, "latents", "vae", "base")
-    (tmp_path / "base" / "weights.safetensors").unlink()
-    run = json.loads((tmp_path / "base" / "run.json").read_text())
-    del run["finished_images"]
-    (tmp_path / "base" / "run.json").write_text(json.dumps(run))
+    (base / "weights.safetensors").unlink()  # as a driver leaves it that was killed before the export
+    (base / "run.json").write_text(json.dumps({key: last[key] for key in last if key != "finished_images"}))
     train_base.run(demo.load(TrainBaseJob, "train_base", *SCHEDULE))
-    assert_same_weights(tmp_path / "base", finished.root / "base")
+    assert_same_weights(base, finished.root / "base")
+    assert curve(tmp_path, "images_seen") == [8, 16, 24, 32]
 
 
 def test_pictures_after_the_generator_is_killed(finished: Finished, tmp_path: Path) -> None:
@@ -139,6 +131,11 @@ def test_pictures_after_the_generator_is_killed(finished: Finished, tmp_path: Pa
     assert ours.keys() == theirs.keys()
     for name, data in ours.items():  # passes of another size round differently
         assert np.abs(pixels(data).astype(int) - pixels(theirs[name])).max() <= 2
+
+
+def checkpointed(run: Path) -> set[int]:
+    """Images that the whole checkpoints of a run had seen."""
+    return {json.loads(path.read_text())["images_seen"] for path in run.glob("checkpoints/checkpoint_*/progress.json")}
 
 
 def pixels(png: bytes) -> np.ndarray:

@@ -55,17 +55,66 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm (arXiv 1803.08494) that computes in fp32 whatever the map's type, as the published training did.
+
+    Some kernels keep mean and deviation in the map's type: in bf16 a mean of ten deviations is then off by 2% of one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,..] to the same, in its type and memory format."""
+        if x.dtype == torch.float32:
+            return super().forward(x)
+        if torch.compiler.is_compiling():  # a compiler joins the casts, and keeps what it needs, by itself
+            weight, bias = self.weight.float(), self.bias.float()
+            return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+        return NormInFloat32.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
+class NormInFloat32(torch.autograd.Function):
+    """GroupNorm of a half-precision map through a copy in fp32, which is not kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:  # noqa: PLR0917
+        """[B,C,..] to the same."""
+        batch, channels, size = len(x), x.shape[1], x[0, 0].numel()
+        ctx.sizes = batch, channels, size, groups
+        result, mean, rstd = torch.native_group_norm(
+            x.float(), weight.float(), bias.float(), batch, channels, size, groups, eps
+        )
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return torch.empty_like(x).copy_(result)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of map, weight and bias, each in its type."""
+        x, weight, mean, rstd = ctx.saved_tensors
+        single = torch.empty_like(x, dtype=torch.float32).copy_(gradient)  # in the map's memory format
+        found = torch.ops.aten.native_group_norm_backward(
+            single, x.float(), mean, rstd, weight.float(), *ctx.sizes, ctx.needs_input_grad[:3]
+        )
+        to_x, to_weight, to_bias = found
+        return (
+            None if to_x is None else torch.empty_like(x).copy_(to_x),
+            None if to_weight is None else to_weight.to(weight.dtype),
+            None if to_bias is None else to_bias.to(weight.dtype),
+            None,
+            None,
+        )
+
+
 class ResBlock(nn.Module):
     """Two convolutions around the time embedding, added to the input (SDXL Table 1; residual blocks of ADM)."""
 
     def __init__(self, channels: int, out_channels: int, embed_dim: int, groups: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(groups, channels, eps=1e-5), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            GroupNorm(groups, channels, eps=1e-5), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, out_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(groups, out_channels, eps=1e-5),
+            GroupNorm(groups, out_channels, eps=1e-5),
             nn.SiLU(),
             nn.Identity(),  # the published layout counts a dropout of 0 here
             zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -182,7 +231,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, context_dim: int, depth: int, heads: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(channels, context_dim, heads) for _ in range(depth)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model.config import UNetConfig
 from model.layers import (
     Downsample,
+    GroupNorm,
     ResBlock,
     Run,
     SpatialTransformer,
@@ -79,7 +80,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(Block(block))
 
         self.out = nn.Sequential(
-            nn.GroupNorm(config.norm_groups, channels, eps=1e-5),
+            GroupNorm(config.norm_groups, channels, eps=1e-5),
             nn.SiLU(),
             zeroed(nn.Conv2d(channels, config.latent_channels, 3, padding=1)),
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.config import VAEConfig
 from model.finite import require_finite
-from model.layers import Run, Upsample, checkpointed, plainly
+from model.layers import GroupNorm, Run, Upsample, checkpointed, plainly
 
 
 class VAE(nn.Module):
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
             self.down.append(Level(blocks, downsample=None if is_last else PaddedDownsample(width)))
             channels = width
         self.mid = Middle(channels, groups)
-        self.norm_out = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm_out = GroupNorm(groups, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor, run: Run) -> Tensor:
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
             levels.insert(0, Level(blocks, upsample=None if level == 0 else Upsample(width)))
             channels = width
         self.up = nn.ModuleList(levels)  # counted from the finest level, so the forward pass runs them backwards
-        self.norm_out = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm_out = GroupNorm(groups, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, latents: Tensor, run: Run) -> Tensor:
@@ -193,9 +193,9 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm1 = GroupNorm(groups, channels, eps=1e-6)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.norm2 = GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = None if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
@@ -211,7 +211,7 @@ class MapAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)

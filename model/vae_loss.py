@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import DiscriminatorConfig
+from model.layers import GroupNorm
 from model.vae import Posterior
 
 
@@ -89,7 +90,7 @@ class PatchDiscriminator(nn.Module):
             self.layers.extend(
                 [
                     nn.Conv2d(channels, width, 4, stride=stride, padding=1, bias=False),
-                    nn.GroupNorm(config.norm_groups, width),
+                    GroupNorm(config.norm_groups, width),
                     nn.LeakyReLU(0.2),
                 ]
             )
@@ -98,7 +99,7 @@ class PatchDiscriminator(nn.Module):
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, 0.0, 0.02)
-            elif isinstance(layer, nn.GroupNorm):
+            elif isinstance(layer, GroupNorm):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """What makes the networks fast changes no number: memory formats, what is kept for the backward pass, compilation."""
 
 import copy
-import itertools
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from model.config import UNET_PRESETS, VAE_PRESETS
-from model.layers import BasicTransformerBlock, Gated, ResBlock, gated
+from model.layers import BasicTransformerBlock, Gated, GroupNorm, ResBlock, gated
 from model.speed import compile_blocks
 from model.unet import UNet
 from model.vae import VAE
@@ -71,13 +71,33 @@ def test_the_gate_that_keeps_its_input_alone_has_the_plain_gates_gradient():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mean", [0.0, 30.0])
-def test_group_norm_in_bf16_is_as_near_to_fp32_as_rounding_its_result(layout, mean, relative_error):
+def test_group_norm_in_half_precision_is_as_near_to_exact_as_rounding_its_results(layout, dtype, mean, relative_error):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 64, 64, 64, generator=generator).mul(3).add(mean).to(torch.bfloat16, memory_format=layout)
-    exact = F.group_norm(x.float(), 8)
-    rounding = relative_error(exact.bfloat16(), exact)
-    assert relative_error(F.group_norm(x, 8), exact) < 1.5 * rounding
+    draw = partial(torch.randn, generator=generator)
+    norm = GroupNorm(8, 64)
+    with torch.no_grad():
+        norm.weight.copy_(draw(64))
+        norm.bias.copy_(draw(64))
+    norm = norm.to(dtype)
+    x = draw(2, 64, 24, 32).mul(3).add(mean).to(dtype, memory_format=layout).requires_grad_()
+    gradient = draw(2, 64, 24, 32).to(dtype)
+
+    def results(run, *given):
+        result = run(*given)
+        return [result, *torch.autograd.grad(result, given, gradient.to(result.dtype))]
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = results(lambda x, *_: norm(x), x, norm.weight, norm.bias)
+    exact = results(
+        lambda x, *affine: F.group_norm(x, 8, *affine), *(given.double() for given in (x, norm.weight, norm.bias))
+    )
+    for ours, expected in zip(found, exact, strict=True):
+        assert relative_error(ours, expected) < 1.1 * relative_error(expected.to(dtype), expected)
+    assert all(map_.is_contiguous(memory_format=layout) for map_ in found[:2])
+    assert [tensor.data_ptr() for tensor in kept if tensor.numel() >= x.numel()] == [x.data_ptr()]  # no copy in fp32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -137,15 +157,14 @@ def test_compiled_gradients_equal_eager_ones_in_fp32_and_are_near_them_in_bf16(r
         eager = gradients(plain, block_inputs(block, 2, 8, 6, torch.bfloat16))
         compile_blocks(nn.ModuleList([plain]))
         bf16 = gradients(plain, block_inputs(block, 2, 8, 6, torch.bfloat16))
-        single = copy.deepcopy(block)
-        compile_blocks(nn.ModuleList([single]))
-        fp32 = gradients(single, block_inputs(block, 2, 8, 6))
-        for values in itertools.zip_longest(exact, fp32, bf16, eager):
-            expected, *found = values
+        for expected, *found in zip(exact, bf16, eager, strict=True):
             errors = [relative_error(value, expected) for value in found]
-            assert errors[0] < 1e-4, errors
-            assert errors[1] < 2e-2, errors
-            assert errors[2] < 2e-2, errors
+            assert max(errors) < 2e-2, errors
+        if isinstance(block, ResBlock):  # once is enough to tell a wrong graph from a rounded one
+            single = copy.deepcopy(block)
+            compile_blocks(nn.ModuleList([single]))
+            for value, expected in zip(gradients(single, block_inputs(block, 2, 8, 6)), exact, strict=True):
+                assert relative_error(value, expected) < 1e-4
 
 
 def test_the_gpu_script_fills_every_row_at_tiny_size():

@@ -38,7 +38,7 @@ from pipelines.config import (
     WeightsConfig,
     all_sources,
 )
-from pipelines.evaluate.config import GenerateConfig
+from pipelines.evaluate.config import OVERLAPS_PER_TILE, GenerateConfig
 from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig
 from pipelines.storage import StorageOptions
 from pipelines.train.config import (
@@ -273,6 +273,11 @@ class GenerateJob(Job):
                         f"generate.prompts.size: {side} is not a multiple of {down * unet.downsample}, "
                         f"the reduction of VAE and {name}"
                     )
+        if config.decode_tile is not None and config.decode_tile % (OVERLAPS_PER_TILE * down):
+            raise ValueError(
+                f"generate.decode_tile: {config.decode_tile} is not a multiple of {OVERLAPS_PER_TILE * down}, so that "
+                "a quarter of it is one of the VAE's reduction"
+            )
         prompts = config.prompts
         named = [bool(prompts.texts), *(p is not None for p in (prompts.file, prompts.parquet, prompts.index))]
         if sum(named) != 1:

@@ -8,6 +8,8 @@ from typing import Literal
 from model.config import DiffusionConfig
 from pipelines.config import Amount, Count, SamplingConfig, Size, StageResources, TextWeightsConfig, WeightsConfig
 
+OVERLAPS_PER_TILE = 4  # neighbouring tiles of a decoded picture share this part of their side
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptColumns:
@@ -83,6 +85,9 @@ class GenerateConfig:
     """Contact sheets of 64 pictures that are drawn, from the first prompts on."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the U-Nets compute in."""
+    decode_tile: Count | None = None
+    """Side of the tiles that pictures larger than it are decoded in, pixels; neighbours share a quarter. None decodes
+    whole. It bounds the VAE's memory, and changes such a picture below what is seen (see model/tiling.py)."""
     resources: StageResources = field(default_factory=StageResources)
     """One generator process."""
 

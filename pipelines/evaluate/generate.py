@@ -20,9 +20,10 @@ from model.config import UNET_PRESETS, VAE_PRESETS, Conditioning
 from model.diffusion import Diffusion, gaussian
 from model.sampler import StepNoise, step_noise
 from model.text import TextFeatures, tokenize
+from model.tiling import decode_tiled
 from model.vae import unscale
 from pipelines import networks
-from pipelines.evaluate.config import GenerateConfig
+from pipelines.evaluate.config import OVERLAPS_PER_TILE, GenerateConfig
 from pipelines.evaluate.prompts import Prompt, batches, read_prompts
 from pipelines.pictures import contact_sheet, to_pixels
 from pipelines.progress import progress
@@ -131,9 +132,11 @@ class Generator:
             refiner = refiner_denoiser(self.refiner, self.diffusion, positive, away, config)
         latents = generate(base, refiner, noise, self.diffusion, config, self._step_noise(prompts, shape))
         # One picture at a time: decoding takes the most memory, and all of a batch at once is no faster.
-        return [
-            to_pixels(self.vae.decode(unscale(latent, vae.scaling_factor)))[0] for latent in latents.float().split(1)
-        ]
+        return [to_pixels(self._decode(unscale(latent, vae.scaling_factor)))[0] for latent in latents.float().split(1)]
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        tile = self.config.decode_tile
+        return decode_tiled(self.vae, latents, tile, tile // OVERLAPS_PER_TILE) if tile else self.vae.decode(latents)
 
     def _away_from(self, prompts: Sequence[Prompt], conditions: Conditions) -> Told:
         """The negative prompts, or the empty one; the base takes zeros in place of the empty one, as in training."""
@@ -186,6 +189,8 @@ def _fingerprint(config: GenerateConfig, options: StorageOptions) -> dict[str, A
         "sampling": asdict(config.sampling),
         "dtype": config.dtype,
         "negative_original_size": config.prompts.negative_original_size,
+        # Only where it is set: so pictures that were decoded whole keep their names.
+        **({"decode_tile": config.decode_tile} if config.decode_tile else {}),
     }
 
 

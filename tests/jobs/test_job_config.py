@@ -465,6 +465,7 @@ def test_pictures_have_sides_that_the_networks_can_halve(make, size):
 
 def test_the_base_keeps_a_timestep(make):
     assert "leaves no timestep to the base" in wrong(make, GenerateJob, "generate.sampling.handover=1000")
+    assert "not a multiple of 16" in wrong(make, GenerateJob, "generate.decode_tile=72")
 
 
 def test_a_refiners_samples_need_a_timestep_below_the_hand_over(make):

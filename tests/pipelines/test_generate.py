@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from model.config import DiffusionConfig, SamplerName
+from model.vae import VAE
 from model.weights import Kind, save_weights
 from pipelines import networks
 from pipelines.config import SamplingConfig, TextWeightsConfig, WeightsConfig
@@ -129,6 +131,22 @@ def test_files_carry_what_made_them(configured, tmp_path):
             assert (image.text["negative_prompt"], image.text["seed"]) == ("blé", "7")
             settings = json.loads(image.text["settings"])
         assert (settings["size"], settings["dtype"]) == ([32, 64], "float32")
+
+
+def test_pictures_larger_than_a_tile_are_decoded_in_tiles(configured, monkeypatch):
+    config = configured({"size": (32, 96)})
+    decoded = []
+    plain = VAE.decode
+    monkeypatch.setattr(VAE, "decode", lambda self, x: decoded.append(tuple(x.shape[2:])) or plain(self, x))
+    whole = pictures(config, ["rain"])
+    assert decoded == [(8, 24)]
+    assert np.array_equal(pictures(replace(config, decode_tile=96), ["rain"]), whole)
+    decoded.clear()
+    tiled = pictures(replace(config, decode_tile=32), ["rain"])
+    assert len(decoded) == 1 + 4  # a small copy for the norms, then tiles that overlap by a quarter
+    assert set(decoded[1:]) == {(8, 8)}
+    assert tiled.shape == whole.shape
+    assert np.abs(tiled.astype(float) - whole).mean() < 0.25 * np.abs(whole - whole.mean()).mean()
 
 
 def test_sizes_that_the_networks_cannot_make_are_counted(configured):

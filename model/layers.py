@@ -34,6 +34,14 @@ def checkpointed(layer: nn.Module, *inputs: Tensor) -> Tensor:
     return checkpoint(layer, *inputs, use_reentrant=False)
 
 
+def map_format(device: torch.device) -> torch.memory_format:
+    """How maps lie in memory: channels last on a GPU, whose convolutions read that.
+
+    On a CPU torch would copy every weight into that format at every pass, which took 4% of a small batch's time.
+    """
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
 def fourier(values: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
     """Features [.., dim] of the numbers `values` [..]: cosines, then sines, at dim / 2 geometric frequencies, in fp32.
 

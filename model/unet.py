@@ -21,6 +21,7 @@ from model.layers import (
     Upsample,
     checkpointed,
     fourier,
+    map_format,
     plainly,
     zeroed,
 )
@@ -98,7 +99,7 @@ class UNet(nn.Module):
         time = fourier(timesteps, self.config.model_channels).to(dtype)  # [B,M0]
         embedding = self.time_embed(time) + self.label_emb(vector.to(dtype))  # [B,E]
 
-        hidden = noisy_latents.to(dtype, memory_format=torch.channels_last)  # [B,C,h,w]
+        hidden = noisy_latents.to(dtype, memory_format=map_format(noisy_latents.device))  # [B,C,h,w]
         skips = []
         for block in self.input_blocks:
             hidden = block(hidden, embedding, context, run)  # [B,M,h/2^l,w/2^l]

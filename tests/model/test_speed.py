@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import model.unet
 from model.config import UNET_PRESETS, VAE_PRESETS
 from model.layers import BasicTransformerBlock, Gated, GroupNorm, ResBlock, gated
 from model.speed import compile_blocks
@@ -101,7 +102,8 @@ def test_group_norm_in_half_precision_is_as_near_to_exact_as_rounding_its_result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_maps_stay_channels_last_through_every_layer(dtype, randomized):
+def test_maps_stay_channels_last_through_every_layer(dtype, randomized, monkeypatch):
+    monkeypatch.setattr(model.unet, "map_format", lambda device: torch.channels_last)  # as on a GPU
     config = UNET_PRESETS["tiny-base"]
     unet = randomized(UNet(config)).to(dtype)
     other = []

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipelines.config import without_secrets
 from pipelines.storage import Storage
 
 ENTRIES_PER_CALL = 50  # told to the server at once
@@ -29,7 +30,7 @@ REFUSED = "refused.json"
 
 
 class RefusedError(Exception):
-    """The server understood the first entry and does not take it, now or later."""
+    """The server understood an entry and does not take it, now or later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,9 @@ class _Waiting:
 class Outbox:
     """A queue of entries in front of `send`, which is given some from its beginning and returns how many it sent.
 
-    `send` raises RefusedError for the first of them; any other error means that nobody answers, and is tried again.
-    It is called from one thread only, and gets an entry with bytes alone. `label` names the server to a person; `head`
-    stands in every file that is kept.
+    `send` raises RefusedError where one of them is at fault; any other error means that nobody answers, and is tried
+    again. It is called from one thread only, and gets an entry with bytes alone. `label` names the server to a person;
+    `head` stands in every file that is kept.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Outbox:
         self._thread: threading.Thread | None = None
         self._stopped = self._cleaning = False
         self._next_try = self._pause = 0.0
-        self._failures = 0
+        self._failures = self._alone = 0
         self.trouble: str | None = None
         """Why nothing is sent at the moment."""
         self.dropped = 0
@@ -171,13 +172,17 @@ class Outbox:
                 try:
                     sent = self._send([self._whole(item) for item in items])
                 except RefusedError as error:
+                    if len(items) > 1:
+                        self._alone = len(items)  # one of them is to blame: each is sent by itself
+                        continue
                     self._refuse(items[0], error)
                     sent = 1
             except Exception as error:  # whatever it is, it is told, and what was not sent stays
-                self._wait(f"{type(error).__name__}: {error}"[:TROUBLE_CHARACTERS])
+                self._wait(str(without_secrets(f"{type(error).__name__}: {error}"))[:TROUBLE_CHARACTERS])
                 self._keep_or_tell()
                 continue
             self._recovered()
+            self._alone = max(0, self._alone - sent)
             with self._changed:
                 done = [self._waiting.popleft() for _ in range(sent)]
                 self._cleaning = True
@@ -197,7 +202,7 @@ class Outbox:
                         return [first]
                     items: list[_Waiting] = []
                     for item in self._waiting:
-                        if item.size or len(items) == ENTRIES_PER_CALL:
+                        if item.size or len(items) == (1 if self._alone else ENTRIES_PER_CALL):
                             break
                         items.append(item)
                     return items
@@ -238,10 +243,11 @@ class Outbox:
             self.trouble, self._next_try, self._pause = None, 0.0, 0.0
 
     def _refuse(self, item: _Waiting, error: RefusedError) -> None:
-        self.refused.append(f"{item.entry.kind}: {error}")
+        reason = str(without_secrets(str(error)))
+        self.refused.append(f"{item.entry.kind}: {reason}")
         logging.getLogger(__name__).warning("%s refuses an entry, %s", self._label, self.refused[-1])
         before = self._folder.read_json(REFUSED) if self._folder.exists(REFUSED) else []
-        row = {"kind": item.entry.kind, "data": item.entry.data, "reason": str(error)}
+        row = {"kind": item.entry.kind, "data": item.entry.data, "reason": reason}
         self._folder.write_json(REFUSED, [*before, row])
 
     def _too_many(self) -> list[_Waiting]:

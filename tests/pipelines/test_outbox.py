@@ -1,6 +1,5 @@
 """The outbox alone: what is added is sent in order, and what is unsent outlives its process."""
 
-import itertools
 import time
 
 import pytest
@@ -18,13 +17,12 @@ class Server:
 
     def send(self, entries):
         if self.away:
-            raise ConnectionError("nobody there")
-        if entries[0].kind == "bad":
-            raise RefusedError("no")
-        good = list(itertools.takewhile(lambda entry: entry.kind != "bad", entries))
-        self.told += [entry.data["n"] for entry in good]
-        self.bytes |= {entry.data["n"]: entry.blob for entry in good if entry.blob is not None}
-        return len(good)
+            raise ConnectionError("nobody at http://me:word@host")
+        if any(entry.kind == "bad" for entry in entries):
+            raise RefusedError("http://me:word@host says no")
+        self.told += [entry.data["n"] for entry in entries]
+        self.bytes |= {entry.data["n"]: entry.blob for entry in entries if entry.blob is not None}
+        return len(entries)
 
 
 @pytest.fixture
@@ -81,7 +79,7 @@ def test_it_goes_on_by_itself_when_the_server_is_back(make, server, monkeypatch)
     box = make()
     box.add(number(0))
     assert not box.flush(5, tries=1)
-    assert "nobody there" in box.trouble
+    assert box.trouble == "ConnectionError: nobody at http://***@host"
     assert box.left() == {"number": 1}
     server.away = False
     deadline = time.monotonic() + 10
@@ -92,14 +90,16 @@ def test_it_goes_on_by_itself_when_the_server_is_back(make, server, monkeypatch)
 
 
 def test_what_is_refused_is_recorded_and_holds_nothing_up(make, server, tmp_path):
+    server.away = True
     box = make()
-    box.add(number(0))
-    box.add(number(1, kind="bad"))
-    box.add(number(2))
+    for n in range(5):  # in one batch
+        box.add(number(n, kind="bad" if n == 2 else "number"))
+    server.away = False
     assert box.flush(10)
-    assert server.told == [0, 2]
-    assert box.refused == ["bad: no"]
-    assert Storage(str(tmp_path)).read_json(REFUSED) == [{"kind": "bad", "data": {"n": 1}, "reason": "no"}]
+    assert server.told == [0, 1, 3, 4]
+    reason = "http://***@host says no"
+    assert box.refused == [f"bad: {reason}"]
+    assert Storage(str(tmp_path)).read_json(REFUSED) == [{"kind": "bad", "data": {"n": 2}, "reason": reason}]
     assert make().load() == []
 
 

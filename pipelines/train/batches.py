@@ -45,6 +45,11 @@ class LatentBatch:
     pooled: Tensor  # [B,P]
     conditions: dict[Conditioning, Tensor]  # [B,2] each, aesthetic_score [B,1]
 
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return len(self.mean)
+
 
 @dataclass(frozen=True)
 class ImageBatch:
@@ -55,6 +60,11 @@ class ImageBatch:
     bucket: Size
     """(height, width) in pixels."""
     image: Tensor  # [B,3,H,W] in [-1, 1]
+
+    @property
+    def count(self) -> int:
+        """Images."""
+        return len(self.image)
 
 
 Batch = LatentBatch | ImageBatch

@@ -108,6 +108,9 @@ class WorkersConfig:
     """Compute activations again in the backward pass instead of keeping them."""
     compile: bool = False
     """Compile each block of the U-Net or VAE; the first step takes minutes longer and later ones less time."""
+    peak_tflops: Positive | None = None
+    """What one GPU could do in dtype, dense, TFLOP/s, which the curve "mfu" is a share of; None takes the data sheet's
+    value of a GPU that is known in bfloat16, and leaves the curve out for others."""
     max_failures: Amount = 3
     """How often a run whose worker dies is resumed from its last checkpoint before it fails."""
 
@@ -124,6 +127,8 @@ class ScheduleConfig:
     """Images between two grids of samples; 0 for none."""
     log_images: Amount = 0
     """Images between two points of a curve; 0 for every step."""
+    sample_buckets: Count = 3
+    """Buckets that have a grid, those of the most rows first."""
     validation_images: Amount = 0
     """Images between two points of the validation curves, which have one at the end as well; 0 for none. It needs
     batch.validation_share."""

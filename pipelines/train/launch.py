@@ -43,6 +43,7 @@ FREE_SETTINGS = (
     "optimizer.guard.",
     "workers.max_failures",
     "workers.cpus",
+    "workers.peak_tflops",
     "workers.activation_checkpointing",
 )
 FREE_PATHS = ("output", "task.latents", "task.index", "task.source.path")

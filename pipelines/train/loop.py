@@ -34,8 +34,10 @@ from pipelines.train.config import (
 )
 from pipelines.train.engine import Engine
 from pipelines.train.guard import record
+from pipelines.train.machine import system_metrics
 from pipelines.train.meter import Meter
-from pipelines.train.outputs import export, sample_batch
+from pipelines.train.operations import peak_tflops
+from pipelines.train.outputs import export, sample_pictures
 from pipelines.train.plan import Plan, PlannedBatch
 from pipelines.train.tasks import DenoiserTask, Task, VAETask
 from pipelines.train.validation import Validation, hide
@@ -76,13 +78,15 @@ def train_on_worker(settings: dict[str, Training]) -> None:
     step = _restore(engines)
     steps = -(-schedule.images // batch.global_size)
     slices = Slices(task.reader, plan, rank, world, step)
-    meter = Meter()
+    peak = peak_tflops(training.workers.peak_tflops, device, training.workers.dtype) if rank == 0 else None
+    meter = Meter(task.operations() if peak else None, peak)
     tracker = Tracker(training.ticket) if rank == 0 else None
     averaged = engines[next(iter(engines))]  # the network that is sampled from and exported
 
     for micro_batches in itertools.islice(slices, max(0, steps - step)):  # none if only the export was missed
         images_seen = (step + 1) * batch.global_size
         for micro_batch in micro_batches:
+            meter.saw(micro_batch.count, micro_batch.bucket)
             for loss in task.losses(engines, micro_batch):
                 engine = engines[loss.engine]
                 engine.backward(loss.per_sample.mean())
@@ -96,14 +100,12 @@ def train_on_worker(settings: dict[str, Training]) -> None:
         if last or validated or _due(schedule.log_images or batch.global_size, images_seen, batch):
             numbers = meter.read(engines, batch, images_seen, slices.waited_seconds)
             numbers |= {f"refused_steps_{name}": float(engine.guard.refused) for name, engine in engines.items()}
-            numbers |= _measured(validation if validated else None, task, averaged)
+            numbers |= _measured(validation if validated else None, task, averaged) | system_metrics(device)
             if tracker:
                 tracker.log(images_seen, numbers)
                 training.board.show.remote(images_seen, numbers)
         if schedule.sample_images and (last or _due(schedule.sample_images, images_seen, batch)):
-            with averaged.averaged() as network:
-                if tracker:
-                    tracker.image(images_seen, "samples", task.samples(network, sample_batch(task)))
+            _sample(tracker, task, averaged, images_seen, schedule)
         if last or _due(schedule.checkpoint_images, images_seen, batch):
             if tracker:
                 tracker.keep()
@@ -150,6 +152,14 @@ def _measured(validation: Validation | None, task: Task, averaged: Engine) -> di
         return {}
     with averaged.averaged() as network:
         return validation.measure(task, network)
+
+
+def _sample(tracker: Tracker | None, task: Task, averaged: Engine, images_seen: int, schedule: ScheduleConfig) -> None:
+    """Worker 0 shows what the averaged weights make."""
+    with averaged.averaged() as network:
+        if tracker:
+            for name, picture in sample_pictures(task, network, schedule.sample_buckets):
+                tracker.image(images_seen, name, picture)
 
 
 def _due(every: int, images_seen: int, batch: BatchConfig) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
+from pipelines.config import Size
 from pipelines.train.config import BatchConfig
 from pipelines.train.engine import Engine
 from pipelines.train.tasks import Loss, mean_over_workers
@@ -33,9 +35,16 @@ class Means:
 class Meter:
     """The training curves' points."""
 
-    def __init__(self) -> None:
+    def __init__(self, operations: Callable[[Size], float] | None = None, peak_tflops: float | None = None) -> None:
+        """`operations` of one image of a bucket; without them, or a peak, there is no curve "mfu"."""
         self._means = Means()
+        self._operations, self._peak_tflops, self._done = operations, peak_tflops, 0.0
         self._read_at, self._images, self._waited = time.perf_counter(), 0, 0.0
+
+    def saw(self, images: int, bucket: Size) -> None:
+        """Take in that this worker has trained on images of a bucket."""
+        if self._operations is not None:
+            self._done += images * self._operations(bucket)
 
     def add(self, loss: Loss) -> None:
         """Take in one micro-batch's loss."""
@@ -58,5 +67,8 @@ class Meter:
         if self._images:  # the first interval of an attempt is mostly start-up
             numbers["images_per_second"] = (images_seen - self._images) / seconds
             numbers["data_wait_share"] = (waited_seconds - self._waited) / seconds
+            if self._peak_tflops and self._done:
+                numbers["mfu"] = self._done / seconds / (self._peak_tflops * 1e12)
+        self._done = 0.0
         self._read_at, self._images, self._waited = now, images_seen, waited_seconds
         return numbers

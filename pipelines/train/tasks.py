@@ -41,6 +41,7 @@ from pipelines.storage import Storage, StorageOptions
 from pipelines.train.batches import Batch, ImageBatch, ImageReader, LatentBatch, LatentReader, Reader
 from pipelines.train.config import BatchConfig, DenoiserTaskConfig, VAETaskConfig
 from pipelines.train.engine import Engine
+from pipelines.train.operations import Operations
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -77,8 +78,12 @@ class Task(Protocol):
         numbers and the seed."""
         ...
 
-    def samples(self, network: nn.Module, batch: Batch) -> np.ndarray:
-        """Pictures from the averaged weights, uint8 [H, W, 3]."""
+    def samples(self, network: nn.Module, batch: Batch, *, same_noise: bool = False) -> np.ndarray:
+        """Pictures from the averaged weights, uint8 [H, W, 3]; with `same_noise` all rows begin with the first's."""
+        ...
+
+    def operations(self) -> Operations:
+        """What training of the averaged network costs."""
         ...
 
     def export(self, network: nn.Module, weights: Mapping[str, Tensor], batches: Iterator[Batch], path: Path) -> None:
@@ -165,7 +170,7 @@ class DenoiserTask:
         prediction = predict(noisy_latents, draws.timesteps, context, vector)  # [B,4,h,w]
         return denoiser_loss(prediction, self._diffusion.target(latents, noise, draws.timesteps))
 
-    def samples(self, network: nn.Module, batch: Batch) -> np.ndarray:
+    def samples(self, network: nn.Module, batch: Batch, *, same_noise: bool = False) -> np.ndarray:
         """The rows' images through the VAE, and below them: the base's own pictures for their captions, or the
         refiner's of the same latents, noised to its first timestep."""
         assert isinstance(network, UNet)
@@ -173,13 +178,15 @@ class DenoiserTask:
         batch = to_device(batch, self._device)
         vae = self._frozen_vae
         noise = gaussian(self._batch.seed, 0, len(batch.mean), batch.mean.shape[1:], self._device)
+        numbers = [0] * len(noise) if same_noise else range(len(noise))
+        noise = noise[list(numbers)]
         # Pictures are asked for the config's aesthetic score, not for their own rows'.
         sizes = dict(batch.conditions)
         sizes.pop(Conditioning.AESTHETIC_SCORE, None)
         told = Told(TextFeatures(batch.context, batch.pooled), sizes)
         sampling = self._config.samples
         latents = batch.mean * self._scaling_factor
-        fresh = step_noise([(self._batch.seed, row) for row in range(len(latents))], latents.shape[1:], self._device)
+        fresh = step_noise([(self._batch.seed, row) for row in numbers], latents.shape[1:], self._device)
         if Conditioning.AESTHETIC_SCORE in network.config.conditioning:
             one, count = self._empty_prompt, len(batch.mean)
             empty = TextFeatures(one.context.expand(count, -1, -1), one.pooled.expand(count, -1))
@@ -194,6 +201,10 @@ class DenoiserTask:
                 for row in (latents, made)
             ]
         return grid(pictures)
+
+    def operations(self) -> Operations:
+        """Of the U-Net."""
+        return Operations(self._unet.config, networks.vae_config(self._config.vae).downsample)
 
     @cached_property
     def _frozen_vae(self) -> VAE:
@@ -284,7 +295,7 @@ class VAETask:
         return numbers
 
     @torch.no_grad()
-    def samples(self, network: nn.Module, batch: Batch) -> np.ndarray:
+    def samples(self, network: nn.Module, batch: Batch, *, same_noise: bool = False) -> np.ndarray:
         """The images, and below them their reconstructions."""
         assert isinstance(batch, ImageBatch)
         image = batch.image.to(self._device)
@@ -307,6 +318,10 @@ class VAETask:
         deviation = (squares / count - (total / count) ** 2) ** 0.5
         config = replace(self._vae.config, scaling_factor=1 / deviation)
         save_weights(path, weights, Kind.VAE, config, {"scaling_images": seen})
+
+    def operations(self) -> Operations:
+        """Of the VAE; discriminator and LPIPS are left out."""
+        return Operations(self._vae.config, 1)
 
     def _posterior_noise(self, batch: ImageBatch) -> Tensor:
         size, _, height, width = batch.image.shape

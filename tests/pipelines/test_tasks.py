@@ -26,9 +26,10 @@ from model.metrics import psnr, ssim
 from model.vae import scale
 from model.vae_loss import adaptive_weight, adversarial_loss, divergence_loss, hinge_loss, reconstruction_loss
 from pipelines import networks
-from pipelines.config import LPIPSWeightsConfig, SourceConfig, TextWeightsConfig, WeightsConfig
+from pipelines.config import LPIPSWeightsConfig, SamplingConfig, SourceConfig, TextWeightsConfig, WeightsConfig
+from pipelines.schema import DataFile
 from pipelines.storage import StorageOptions
-from pipelines.train import tasks
+from pipelines.train import outputs, tasks
 from pipelines.train.batches import ImageBatch, LatentBatch
 from pipelines.train.config import BatchConfig, DenoiserTaskConfig, VAETaskConfig
 
@@ -320,3 +321,37 @@ def test_a_vaes_validation_is_that_of_its_means(lpips):
     torch.testing.assert_close(found["validation/psnr"], psnr(batch.image, made))
     torch.testing.assert_close(found["validation/ssim"], ssim(batch.image, made))
     torch.testing.assert_close(found["validation/lpips"], network(batch.image, made))
+
+
+class Grids:
+    """A reader of three buckets, in files of these many rows."""
+
+    files: ClassVar = [
+        DataFile(name="a", rows=3, bucket=(32, 48)),
+        DataFile(name="b", rows=12, bucket=(32, 32)),
+        DataFile(name="c", rows=4, bucket=(32, 48)),
+        DataFile(name="d", rows=1, bucket=(48, 32)),
+    ]
+
+    def read(self, rows, bucket, first):
+        batch = latents(len(rows))
+        height, width = (side // 4 for side in bucket)
+        shape = (len(rows), 4, height, width)
+        assert [self.files[file].bucket for file, _ in rows] == [bucket] * len(rows)
+        return dataclasses.replace(batch, bucket=bucket, mean=torch.zeros(shape), std=torch.ones(shape))
+
+
+def test_grids_show_the_buckets_with_the_most_rows_and_other_original_sizes_of_one_image():
+    task = denoiser(samples=SamplingConfig(steps=1, scale=1.0))
+    task.reader = Grids()
+    seen: list[Tensor] = []
+    network = task.networks()["unet"].eval()
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    names = [name for name, _ in outputs.sample_pictures(task, network, 2)]
+    assert names == ["samples", "samples_32x48", "samples_by_original_size"]
+    rows, sizes, (noisy, _, _, vectors) = len(seen[0][0]), outputs.ORIGINAL_SIZES, seen[-1]
+    assert (rows, len(seen[1][0]), len(noisy)) == (8, 4, len(sizes))
+    assert all(torch.equal(row, noisy[0]) for row in noisy)
+    told = outputs.by_original_size(task.reader.read([[1, 0]], (32, 32), 0)).conditions[Conditioning.ORIGINAL_SIZE]
+    assert told.tolist() == [[round(32 * share)] * 2 for share in sizes]
+    assert len({tuple(vector.tolist()) for vector in vectors}) == len(sizes)

@@ -64,15 +64,15 @@ class Column(StrEnum):
 
 
 class Reject(StrEnum):
-    """Why an input is not kept."""
+    """Why an input is not kept, in the order in which reasons are looked for: the first is an image's."""
 
     UNREADABLE = "unreadable"
-    NO_CAPTION = "no_caption"
-    TOO_SMALL = "too_small"
     TOO_LARGE = "too_large"
+    NO_CAPTION = "no_caption"
+    LONG_CAPTION = "long_caption"
+    TOO_SMALL = "too_small"
     EXTREME_ASPECT = "extreme_aspect"
     BLANK = "blank"
-    LONG_CAPTION = "long_caption"
     NO_SCORE = "no_score"
     LOW_SCORE = "low_score"
     HIGH_SCORE = "high_score"

@@ -44,8 +44,6 @@ THUMBNAIL, QUALITY = 200, 80  # longest side in pixels, of JPEG
 LARGEST_DRAWN, READERS = 50_000_000, 4  # pixels of an image that is decoded for its thumbnail; how many at a time
 ENCODED_TOKENS = CONTEXT_LENGTH - 2  # without those for begin and end
 PREVIEW_BITS = (0, 2, 4, 6, 8)
-FIRST = (Reject.UNREADABLE, Reject.TOO_LARGE)  # measuring rejects before any filter does
-LAST = (Reject.DUPLICATE, Reject.NEAR_DUPLICATE)
 Read = Callable[[Row], bytes]  # the bytes of a row's image file
 
 
@@ -246,8 +244,7 @@ def _card(row: Row, thumbnails: Mapping[str, str | None], note: str) -> str:
 
 def _reasons(summary: Summary) -> list[str]:
     """The reject reasons that rows have, in the order in which they are looked for."""
-    ordered = [*FIRST, *(reason for reason in Reject if reason not in (*FIRST, *LAST)), *LAST]
-    return [str(reason) for reason in ordered if summary.reasons[reason]]
+    return [str(reason) for reason in Reject if summary.reasons[reason]]
 
 
 def _words(reason: str) -> str:

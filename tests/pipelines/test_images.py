@@ -134,7 +134,7 @@ def test_sixteen_bits_of_each_colour_become_eight():
     assert pixels(png(2, 1, bits=16, data=b"\0" + row)).tolist() == [[[0, 1, 128], [255, 255, 0]]]
 
 
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF", "MPO"])
 def test_of_several_frames_or_pages_the_first_counts(kind):
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])

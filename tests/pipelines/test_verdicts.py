@@ -15,14 +15,14 @@ from pipelines.config import SourceConfig, StageResources
 from pipelines.originals import Originals
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
 from pipelines.preprocess.config import AlertConfig, BucketConfig, FilterConfig, ScoreLimits
-from pipelines.preprocess.filter import decide
+from pipelines.preprocess.filter import FILTERS, MEASURED, decide
 from pipelines.preprocess.lease import Lease, LeaseLostError, lease
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.pipeline import Outcome, build_index
 from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.preprocess.sources.survey import survey
 from pipelines.preprocess.write import cut, write_units
-from pipelines.schema import INDEX_SCHEMA, Column, data_files, kept_rows
+from pipelines.schema import INDEX_SCHEMA, Column, Reject, data_files, kept_rows
 from pipelines.storage import Storage, StorageOptions
 
 BUCKETS = BucketConfig(resolution=64, multiple=8)
@@ -79,6 +79,13 @@ def reasons(rows: list[dict[str, Any]], **filters: Any) -> dict[str, str | None]
 )
 def test_a_verdict_follows_from_facts_and_settings(known, filters, reason):
     assert reasons([fact("a", **known)], **filters) == {"a": reason}
+
+
+def test_reasons_are_named_in_the_order_in_which_they_are_looked_for():
+    names, config = list(Reject), FilterConfig()
+    checked = [check(pa.Table.from_pylist([fact("a")], INDEX_SCHEMA), config)[0] for check in FILTERS]
+    order = [*MEASURED, *checked, Reject.DUPLICATE, Reject.NEAR_DUPLICATE]
+    assert list(dict.fromkeys(order)) == names
 
 
 def test_an_original_that_a_threshold_rejects_gives_its_place_to_the_next():

@@ -160,9 +160,7 @@ def check_resources(job: Job, key: str, **asked: float) -> None:
     what = f"{key}: {' and '.join(lacking)} are asked for, and Ray has {there}"
     if job.ray.address is None and "RAY_ADDRESS" not in os.environ:
         raise JobError(f"{what}: ask for less, set ray.cpus, or join a cluster (ray.address)")
-    print(
-        f"warning: {what}: the job waits until the cluster has grown, without an autoscaler for ever", file=sys.stderr
-    )
+    print(f"warning: {what}: it waits until the cluster has grown, without an autoscaler for ever", file=sys.stderr)
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -56,6 +56,9 @@ class SourceConfig:
     s3://. "webdataset": tars, such as img2dataset's. "huggingface": a dataset that save_to_disk wrote. "auto" looks."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     """What the source calls image, caption and scores."""
+    weight: Annotated[float, Ge(0), Le(1000)] = 1.0
+    """How often training sees each of its images in an epoch, on average: 2 is twice, 0.5 every other time, 0 never. A
+    change makes no row anew."""
 
 
 def all_sources(source: SourceConfig | None, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:

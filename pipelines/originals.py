@@ -27,6 +27,7 @@ class Originals:
     def __init__(self, sources: Sequence[SourceConfig], options: StorageOptions) -> None:
         self._sources, self._options = tuple(sources), options
         self._storages = {source.name: source_folder(source.path, options)[0] for source in sources}
+        self._weights = {source.name: source.weight for source in sources}
         self._open: OrderedDict[tuple[str, str], RangeReader] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -44,6 +45,10 @@ class Originals:
         span = bytearray(row[Column.LENGTH])
         self._reader(storage, name).read_into(memoryview(span), row[Column.OFFSET])
         return unpack(bytes(span), row[Column.CODEC], row[Column.SKIP] or 0, row[Column.FILE_SIZE])
+
+    def weight(self, source: str) -> float:
+        """How often the images of a source are seen in an epoch."""
+        return self._weights[source]
 
     def storage(self, source: str) -> Storage:
         """The folder of a source, by its name."""

@@ -201,6 +201,8 @@ class DataFile:
     """Rows in it."""
     bucket: tuple[int, int] | None = None
     """(height, width) of all its rows in pixels; None in an index."""
+    weight: float = 1.0
+    """How often training sees each of its rows in an epoch, on average."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +242,7 @@ def write_manifest(
             "name": pa.array([file.name for file in ordered], pa.string()),
             "rows": pa.array([file.rows for file in ordered], pa.int64()),
             "bucket": pair_column([file.bucket for file in ordered]),
+            "weight": pa.array([file.weight for file in ordered], pa.float64()),
         }
     )
     name = f"files/{digest([asdict(file) for file in ordered])}.parquet"
@@ -280,10 +283,7 @@ def require_manifest(dataset: Storage, kind: str, pinned: str | None = None) -> 
 def data_files(dataset: Storage, manifest: Manifest) -> list[DataFile]:
     """The manifest's data files, sorted by name."""
     rows = dataset.read_table(manifest.files).to_pylist()
-    return [
-        DataFile(name=row["name"], rows=row["rows"], bucket=row["bucket"] and (row["bucket"][0], row["bucket"][1]))
-        for row in rows
-    ]
+    return [DataFile(**row | {"bucket": row["bucket"] and (row["bucket"][0], row["bucket"][1])}) for row in rows]
 
 
 def kept_rows(index: Storage, manifest: Manifest) -> pa.Table:

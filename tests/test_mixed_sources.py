@@ -52,7 +52,12 @@ def sources(tmp_path) -> list[SourceConfig]:
     watermark = ColumnsConfig(scores={"watermark": "pwatermark"})
     columns = {"tars": watermark, "saved": ColumnsConfig(caption="text")}
     return [
-        SourceConfig(name=name, path=str(tmp_path / name), columns=columns.get(name, ColumnsConfig()))
+        SourceConfig(
+            name=name,
+            path=str(tmp_path / name),
+            columns=columns.get(name, ColumnsConfig()),
+            weight=2.0 if name == "tables" else 1.0,
+        )
         for name in ("folder", "tars", "tables", "saved")
     ]
 
@@ -87,7 +92,15 @@ def test_every_kind_of_source_becomes_one_index_that_later_stages_read_by(cluste
     assert {row["caption"]: originals.read(row) for row in kept.to_pylist()} == expected
     assert crop_images(kept, originals, crop, MAX_PIXELS).column(FAILURE).null_count == KEPT
     reader = ImageReader(dataset, first.manifest, originals, crop, MAX_PIXELS)
-    assert reader.read(np.array([[0, n] for n in range(KEPT)]), (32, 32), first=0).image.shape == (KEPT, 3, 32, 32)
+    assert {file.name: (file.rows, file.weight) for file in reader.files} == {
+        "32x32/folder": (2, 1.0),
+        "32x32/saved": (3, 1.0),
+        "32x32/tables": (2, 2.0),
+        "32x32/tars": (2, 1.0),
+    }
+    rows = np.array([[number, row] for number, file in enumerate(reader.files) for row in range(file.rows)])
+    assert reader.read(rows, (32, 32), first=0).image.shape == (KEPT, 3, 32, 32)
+    assert sorted(reader.names(rows))[:3] == ["folder:0.png", "folder:1.png", "saved:data-00000-of-00002.arrow#0"]
 
     write_tar(tmp_path / "tars/1.tar", sample("11", picture(11), caption="caption 11", pwatermark=0.1))
     later = run()

@@ -177,7 +177,11 @@ def build_latents(
     originals = Originals(sources, dataset.options)
     originals.check(kept)
     rows = missing(kept, stored(dataset, folder))
-    units = cut(rows, encode.rows_per_file, _by_bucket(rows))
+    units = [  # of one source, so that its weight can change later
+        unit
+        for source in sources
+        for unit in _by_bucket(rows.filter(pc.equal(rows.column(Column.SOURCE), source.name)), encode.rows_per_file)
+    ]
     failures: dict[str, str] = {}
     seconds: dict[str, float] = {}
     if units:
@@ -207,6 +211,7 @@ def build_latents(
         facts=facts,
         parents={"index": index_manifest.digest},
         failures=failures,
+        weights={source.name: source.weight for source in sources},
     )
     return Outcome(manifest=manifest, done=rows.num_rows - len(failures), failures=failures, seconds=seconds)
 
@@ -229,13 +234,14 @@ def _folder(fingerprint: Mapping[str, Any]) -> str:
     return f"data/{digest(fingerprint)[:12]}"
 
 
-def _by_bucket(rows: pa.Table) -> dict[str, pa.Array]:
-    """Masks of the rows of each bucket, named as the folder of its files: HEIGHTxWIDTH."""
+def _by_bucket(rows: pa.Table, size: int) -> list[pa.Table]:
+    """Units of at most `size` rows of one bucket, in a folder that is named HEIGHTxWIDTH."""
     buckets = [tuple(bucket) for bucket in rows.column(Column.BUCKET).to_pylist()]
-    return {
+    masks = {
         f"{height}x{width}": pa.array([bucket == (height, width) for bucket in buckets])
         for height, width in sorted(set(buckets))
     }
+    return cut(rows, size, masks)
 
 
 def _run(stages: Dataset, label: str, rows: int) -> tuple[dict[str, str], dict[str, float]]:
@@ -317,12 +323,17 @@ def _commit_latents(
     facts: Mapping[str, Any],
     parents: Mapping[str, str],
     failures: Mapping[str, str],
+    weights: Mapping[str, float],
 ) -> Manifest:
-    """Make exactly the kept rows the dataset, less those that failed."""
+    """Make exactly the kept rows the dataset, less those that failed. A file has rows of one weight."""
     dataset = held.dataset
-    wanted = set(kept.column(Column.KEY).to_pylist())
-    selected = select(dataset, stored(dataset, folder), wanted, None, LATENTS_COMPRESSION)
-    files = [DataFile(name=name, rows=rows, bucket=_bucket_of(name)) for name, rows in selected]
+    have, files = stored(dataset, folder), []
+    for weight in sorted(set(weights.values())):
+        named = pa.array([name for name, given in weights.items() if given == weight], pa.string())
+        rows = kept.filter(pc.is_in(kept.column(Column.SOURCE), value_set=named))
+        wanted = set(rows.column(Column.KEY).to_pylist())
+        for name, count in select(dataset, have, wanted, None, LATENTS_COMPRESSION):
+            files.append(DataFile(name=name, rows=count, bucket=_bucket_of(name), weight=weight))
     counts: Counter[str] = Counter()
     for file in files:
         counts[_folder_of(file.name)] += file.rows
@@ -330,7 +341,7 @@ def _commit_latents(
         held,
         folder,
         files,
-        expected=len(wanted) - len(failures),
+        expected=kept.num_rows - len(failures),
         kind="latents",
         counts=dict(sorted(counts.items())),
         fingerprint=made_by,

@@ -8,11 +8,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -214,12 +215,11 @@ class ImageReader:
     ) -> None:
         """Raises ValueError where `originals` lacks a source of the index."""
         groups = images_by_bucket(index, manifest)
-        self._images = list(groups.values())
+        self._images = [images for _, images in groups]
         for images in self._images:
             originals.check(images)
         self.files = [
-            DataFile(name=f"{bucket[0]}x{bucket[1]}", rows=images.num_rows, bucket=bucket)
-            for bucket, images in groups.items()
+            replace(file, weight=originals.weight(images.column(Column.SOURCE)[0].as_py())) for file, images in groups
         ]
         self._originals, self._crop, self._max_pixels = originals, crop, max_pixels
         self._pool = ThreadPoolExecutor(DECODE_THREADS)
@@ -232,8 +232,9 @@ class ImageReader:
         return ImageBatch(first=first, bucket=bucket, image=image.contiguous())
 
     def names(self, rows: np.ndarray) -> list[str]:
-        """The paths of rows [B, 2] below the source."""
-        return [self._images[file][row][1] for file, row in rows.tolist()]
+        """The names of rows [B, 2]: source:path."""
+        found = [self._images[file].slice(row, 1).to_pylist()[0] for file, row in rows.tolist()]
+        return [f"{row[Column.SOURCE]}:{row[Column.PATH]}" for row in found]
 
     def _read_crop(self, row: Sequence[int], bucket: Size, number: int) -> np.ndarray:
         (known,) = self._images[row[0]].slice(row[1], 1).to_pylist()
@@ -250,10 +251,16 @@ class ImageReader:
             ) from error
 
 
-def images_by_bucket(index: Storage, manifest: Manifest) -> dict[Size, pa.Table]:
-    """The rows of the images that an index keeps, by bucket, in order."""
+def images_by_bucket(index: Storage, manifest: Manifest) -> list[tuple[DataFile, pa.Table]]:
+    """The rows of the images that an index keeps, by bucket and source, in order, each as if it were a file."""
     rows = kept_rows(index, manifest)
     sides = pair_array(rows, Column.BUCKET)
     rows = rows.drop_columns([Column.CAPTION]).combine_chunks()
-    buckets = [(int(height), int(width)) for height, width in np.unique(sides, axis=0)]
-    return {bucket: rows.filter(pa.array((sides == bucket).all(1))) for bucket in buckets}
+    groups = []
+    for height, width in np.unique(sides, axis=0).tolist():
+        members = rows.filter(pa.array((sides == (height, width)).all(1)))
+        for source in sorted(pc.unique(members.column(Column.SOURCE)).to_pylist()):
+            images = members.filter(pc.equal(members.column(Column.SOURCE), source))
+            name = f"{height}x{width}/{source}"
+            groups.append((DataFile(name=name, rows=images.num_rows, bucket=(height, width)), images))
+    return groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -67,10 +68,7 @@ class TrainingRows:
             self._jumps[file] = rows - np.arange(len(rows))
         left = [file.rows - len(self._jumps.get(number, ())) for number, file in enumerate(reader.files)]
         self._numbers = np.flatnonzero(left)
-        self.files = [
-            DataFile(name=reader.files[n].name, rows=left[n], bucket=reader.files[n].bucket)
-            for n in self._numbers.tolist()
-        ]
+        self.files = [replace(reader.files[n], rows=left[n]) for n in self._numbers.tolist()]
 
     def read(self, rows: np.ndarray, bucket: Size, first: int) -> Batch:
         """The batch of rows [B,2] (file, row), as numbered here."""
@@ -129,8 +127,8 @@ class Validation:
 def _images(dataset: Storage, manifest: Manifest) -> Iterator[tuple[str, Sequence[str]]]:
     """(file, ids of its rows' images) of each file that a task's reader has, in its order."""
     if manifest.kind == "index":
-        for (height, width), images in images_by_bucket(dataset, manifest).items():
-            yield f"{height}x{width}", images.column(Column.ID).to_pylist()
+        for grouped, images in images_by_bucket(dataset, manifest):
+            yield grouped.name, images.column(Column.ID).to_pylist()
         return
     files = data_files(dataset, manifest)
 

@@ -1,11 +1,13 @@
 import itertools
+import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pipelines.schema import DataFile
+from pipelines.schema import DataFile, digest
 from pipelines.train.config import BatchConfig
 from pipelines.train.plan import Plan
 
@@ -63,6 +65,76 @@ def test_every_row_is_seen_as_often_as_every_other_and_none_is_lost(sizes, size,
                 low, over = divmod(images[described.bucket], totals[described.bucket])
                 assert low <= seen[file, row] <= low + bool(over)
     assert set(seen) <= {(file, row) for file, described in enumerate(listed) for row in range(described.rows)}
+
+
+WEIGHTS = [0.3, 1.0, 2.0, 0.0, 0.3, 1.0, 2.0, 1.7]
+each_mixture = pytest.mark.parametrize("sizes", [DATASETS[n] for n in ("larger than a batch", "many files")], ids=str)
+
+
+def weighted(sizes: dict, size: int, weights: list[float], shuffle: int = 4) -> tuple[Plan, list[DataFile]]:
+    listed = [
+        replace(file, weight=weight) for file, weight in zip(files(sizes), itertools.cycle(weights), strict=False)
+    ]
+    return Plan(listed, BatchConfig(global_size=size, micro_size=1, shuffle_rows=shuffle)), listed
+
+
+@each_mixture
+@pytest.mark.parametrize("epochs", [1, 3, 10])
+def test_each_row_is_seen_by_its_weight(sizes, epochs):
+    """After e epochs a row of weight w has been seen floor(e w) or ceil(e w) times."""
+    made, listed = weighted(sizes, 1, WEIGHTS)  # batches of one: nothing is carried over to the next epoch
+    seen = Counter(row for n in range(made.steps_before(epochs)) for row in map(tuple, made.step(n).rows.tolist()))
+    for number, file in enumerate(listed):
+        for row in range(file.rows):
+            assert math.floor(epochs * file.weight) <= seen[number, row] <= math.ceil(epochs * file.weight)
+
+
+@each_mixture
+@each_batch
+def test_after_some_epochs_a_mixture_has_given_its_share_of_steps(sizes, size):
+    made, listed = weighted(sizes, size, WEIGHTS)
+    for epochs in (1, 3, 10):
+        rows: Counter[tuple] = Counter()
+        for bucket in sizes:
+            for weight in {file.weight for file in listed if file.bucket == bucket}:
+                count = sum(file.rows for file in listed if (file.bucket, file.weight) == (bucket, weight))
+                rows[bucket] += epochs * count * round(weight * 10) // 10
+        given = Counter(made.step(n).bucket for n in range(made.steps_before(epochs)))
+        assert given == Counter({bucket: count // size for bucket, count in rows.items() if count >= size})
+
+
+@each_mixture
+def test_any_step_of_a_mixture_is_found_without_those_before(sizes):
+    made, _ = weighted(sizes, 3, WEIGHTS)
+    last = made.steps_before(6)
+    walked = [made.step(n).rows.tolist() for n in range(last)]
+    for number in random.Random(0).sample(range(last), 20):
+        fresh, _ = weighted(sizes, 3, WEIGHTS)
+        assert fresh.step(number).rows.tolist() == walked[number]
+
+
+def test_a_mixture_mixes_within_steps():
+    made, _ = weighted({SQUARE: [400, 400]}, 100, [1.0, 3.0])
+    counts = [int(np.count_nonzero(made.step(n).rows[:, 0])) for n in range(16)]
+    assert sum(counts) == 1200
+    assert all(55 < count < 95 for count in counts)  # 75 of 100 on average
+
+
+@each_dataset
+def test_one_weight_of_one_is_no_weight(sizes):
+    made, _ = weighted(sizes, 3, [1.0], shuffle=8192)
+    assert steps(made, 30) == steps(plan(sizes, 3), 30)
+
+
+def test_a_plan_stays_the_same_from_version_to_version():
+    """A resumed run sees the rows that it would have seen."""
+    made = plan(DATASETS["larger than a batch"], 8, shuffle=4)
+    assert digest([[list(bucket), rows] for bucket, rows in steps(made, 40)]) == "b73d26d3b1edb62876ced4772cfeb847"
+
+
+def test_weights_that_leave_nothing_are_refused():
+    with pytest.raises(ValueError, match="no rows to train on"):
+        weighted({SQUARE: [3]}, 1, [0.0])
 
 
 @each_dataset

@@ -18,11 +18,11 @@ from pipelines.preprocess.config import AlertConfig, BucketConfig, FilterConfig,
 from pipelines.preprocess.filter import FILTERS, MEASURED, decide
 from pipelines.preprocess.lease import Lease, LeaseLostError, lease
 from pipelines.preprocess.measure import measure
-from pipelines.preprocess.pipeline import Outcome, build_index
+from pipelines.preprocess.pipeline import Outcome, _commit_latents, build_index
 from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.preprocess.sources.survey import survey
-from pipelines.preprocess.write import cut, write_units
-from pipelines.schema import INDEX_SCHEMA, Column, Reject, data_files, kept_rows
+from pipelines.preprocess.write import cut, write_rows, write_units
+from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, Column, Reject, data_files, kept_rows
 from pipelines.storage import Storage, StorageOptions
 
 BUCKETS = BucketConfig(resolution=64, multiple=8)
@@ -207,6 +207,36 @@ def test_a_changed_threshold_reads_no_pixel_and_keeps_the_latents_keys(source, t
     assert set(after.column(Column.KEY).to_pylist()) < set(before.column(Column.KEY).to_pylist())
     assert index_of(source, dataset, monkeypatch).manifest.digest == loose.digest
     assert sum(file.rows for file in data_files(dataset, strict)) == strict.rows == 8
+
+
+def test_latents_files_are_of_one_weight_and_another_weight_makes_no_row_anew(tmp_path):
+    dataset = Storage(str(tmp_path / "latents"))
+    rows = pa.table({"key": list("abcdef"), "source": ["one", "one", "two", "two", "two", "one"]})
+    for number, keys in enumerate(("ab", "cd", "ef")):  # the last one's sources changed since it was written
+        write_rows(pa.table({"key": list(keys)}), dataset, f"data/x/32x32/{number}.parquet", "none")
+
+    def commit(one: float, two: float) -> dict[str, float]:
+        with lease(dataset) as held:
+            manifest = _commit_latents(
+                held=held,
+                folder="data/x",
+                kept=rows,
+                made_by={"schema": SCHEMA_VERSION},
+                facts={},
+                parents={},
+                failures={},
+                weights={"one": one, "two": two},
+            )
+        files = data_files(dataset, manifest)
+        weights = {key: f.weight for f in files for key in dataset.read_table(f.name).column("key").to_pylist()}
+        assert len(weights) == manifest.rows == 6
+        return weights
+
+    assert commit(1.0, 1.0) == dict.fromkeys("abcdef", 1.0)
+    assert commit(1.0, 2.5) == {"a": 1.0, "b": 1.0, "c": 2.5, "d": 2.5, "e": 2.5, "f": 1.0}
+    before = {file.name for file in dataset.list("data")}
+    assert commit(3.0, 0.0)["a"] == 3.0
+    assert {file.name for file in dataset.list("data")} == before
 
 
 def test_a_writer_that_was_replaced_commits_nothing(source, tmp_path, monkeypatch):

@@ -164,6 +164,18 @@ class TrainingJob(Job):
     """The processes that train together."""
 
     @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        batch, workers = self.batch, self.workers
+        if workers.offload_optimizer and workers.zero_stage < 2:
+            raise ValueError(f"workers.offload_optimizer: stage {workers.zero_stage} does not offload; take 2 or 3")
+        passes = batch.global_size // (batch.micro_size * workers.count)
+        if workers.zero_stage == 0 and workers.dtype == "bfloat16" and passes > 1:
+            raise ValueError(
+                f"workers.zero_stage: stage 0 adds up {passes} passes in bfloat16, which loses digits; take 1, 2 or 3"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_batch(self) -> Self:
         batch, workers = self.batch, self.workers.count
         if batch.global_size % (batch.micro_size * workers):
@@ -187,6 +199,11 @@ class TrainVAEJob(TrainingJob):
         check_preset("task.vae.preset", self.task.vae.preset, VAE_PRESETS)
         check_sources("task.", self.task.source, self.task.sources)
         check_preset("task.discriminator", self.task.discriminator, DISCRIMINATOR_PRESETS)
+        if self.workers.zero_stage == 3:
+            raise ValueError(
+                "workers.zero_stage: stage 3 shards the VAE's last layer, whose gradients balance its loss; the VAE is "
+                "small, take 2"
+            )
         loss, lpips = self.task.loss, self.task.lpips
         for name in ("perceptual_weight", "kl_weight", "adversarial_weight", "adversarial_start_images"):
             if not 0 <= getattr(loss, name) < float("inf"):

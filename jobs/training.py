@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from jobs.cli import check_resources, settings
 from jobs.config import TrainDenoiserJob, TrainingJob, TrainVAEJob
@@ -41,7 +42,7 @@ def train_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
 
 def plan_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
     """Print rows, buckets, steps, parameters and memory, and check the dataset against the networks."""
-    from pipelines.estimate import memory_per_worker, parameters, readable
+    from pipelines.estimate import parameters
     from pipelines.train.launch import check_latents
 
     if isinstance(job, TrainDenoiserJob):
@@ -65,10 +66,22 @@ def plan_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
     _print_steps(job, rows)
     for name, count in networks.items():
         print(f"{name}: {count:,} parameters")
-    memory = memory_per_worker(networks, job.workers)
-    print(f"memory per worker, without activations: {readable(sum(memory.values()))}")
-    for name, size in memory.items():
-        print(f"  {name}: {readable(size)}")
+    _print_memory(job, networks)
+
+
+def _print_memory(job: TrainVAEJob | TrainDenoiserJob, networks: Mapping[str, int]) -> None:
+    from pipelines.estimate import memory_by_stage, readable
+
+    workers = job.workers
+    configured = f"stage {workers.zero_stage}" + (", offloaded" if workers.offload_optimizer else "")
+    stages = memory_by_stage(networks, workers, (0, 1, 2) if isinstance(job, TrainVAEJob) else (0, 1, 2, 3))
+    print(f"memory of each of {workers.count} workers in {workers.dtype}, estimated, without activations:")
+    for name, memory in stages.items():
+        device, host = (readable(sum(sizes.values())) for sizes in (memory.device, memory.host))
+        fits = f"fits a GPU of {memory.fits} GiB" if memory.fits else "fits no GPU"
+        print(f"  {name + (' (configured)' if name == configured else ''):<24}{device:>10}, {fits}; host {host}")
+    for where, sizes in (("device", stages[configured].device), ("host", stages[configured].host)):
+        print(f"  {where}: " + ", ".join(f"{name} {readable(size)}" for name, size in sizes.items()))
 
 
 def _print_steps(job: TrainingJob, rows: int) -> None:

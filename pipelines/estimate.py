@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -20,6 +22,8 @@ NETWORKS: Mapping[str, Callable[[str], nn.Module]] = {
     "text": lambda preset: TextEncoders(TEXT_PRESETS[preset]),
     "discriminator": lambda preset: PatchDiscriminator(DISCRIMINATOR_PRESETS[preset]),
 }
+GPU_SIZES = (16, 24, 32, 40, 48, 80, 96, 141)  # GiB, roughly, of GPUs that are sold
+BUCKET_VALUES, LIVE_VALUES = 500_000_000, 1_000_000_000  # DeepSpeed's reduce_bucket_size and stage3_max_live_parameters
 
 
 def parameters(network: str, preset: str) -> int:
@@ -37,18 +41,67 @@ def readable(size: float) -> str:
     return f"{size:.1f} GiB"
 
 
-def memory_per_worker(networks: Mapping[str, int], workers: WorkersConfig) -> dict[str, float]:
-    """Bytes of each worker by purpose, from the parameters of the networks that train; the first one is averaged.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of each worker by purpose, without activations: they depend on the batch, the bucket and checkpointing."""
 
-    Activations are not in it: they depend on the batch, the bucket and checkpointing.
+    device: Mapping[str, float]
+    """On the GPU."""
+    host: Mapping[str, float]
+    """Beside it: what is offloaded, and the copy that is written as a checkpoint."""
+
+    @property
+    def fits(self) -> int | None:
+        """The smallest usual GPU, GiB, that holds the device's part with a tenth to spare; None if none does."""
+        needed = sum(self.device.values()) * 1.1 / 2**30
+        return next((size for size in GPU_SIZES if size >= needed), None)
+
+
+def memory_per_worker(networks: Mapping[str, int], workers: WorkersConfig) -> Memory:
+    """What each worker needs, from the parameters of the networks that train; the first one is averaged.
+
+    It follows where DeepSpeed keeps what: under bf16 gradients are summed in fp32 beside those of the pass, under fp32
+    the weights of stages 0 and 3 are those that the optimizer updates, and stage 3 puts a part of the weights together
+    at a time.
     """
-    total, averaged = sum(networks.values()), next(iter(networks.values()))
-    width = 2 if workers.dtype == "bfloat16" else 4
-    shard = 1 / workers.count
-    return {
-        "weights": width * total,
-        "gradients": width * total * (shard if workers.zero_stage >= 2 else 1),
-        "fp32 master weights (sharded)": 4 * total * shard,
-        "AdamW moments (sharded)": 8 * total * shard,
-        "averaged weights (sharded)": 4 * averaged * shard,
+    total, averaged, stage = sum(networks.values()), next(iter(networks.values())), workers.zero_stage
+    half = workers.dtype == "bfloat16"
+    width, part = (2 if half else 4), 1 / workers.count
+    shard = part if stage else 1.0
+    gradients = {0: 6.0 if half else 4.0, 1: 6.0 if half else 4.0, 2: 4 * part, 3: 4 * part}[stage]
+    device = {
+        "weights": width * total * (part if stage == 3 else 1),
+        "gradients": total * gradients,
+        "communication": width * min(total, BUCKET_VALUES) if stage > 1 or (stage == 1 and not half) else 0.0,
+        "weights gathered at a time": width * min(total, LIVE_VALUES) if stage == 3 else 0.0,
     }
+    state = {
+        "fp32 weights of the optimizer": 4 * total * shard if half or stage in (1, 2) else 0.0,
+        "AdamW moments": 8 * total * shard,
+        "averaged weights": 4 * averaged * shard,
+    }
+    host = {"checkpoint's copy": (12 * total + 4 * averaged) * part}
+    if workers.offload_optimizer:
+        if stage == 3:
+            device["gradients"] = 0.0
+            state["fp32 weights of the optimizer"] = 4 * total * shard
+        host |= state | {"gradients": 4 * total * part}
+    else:
+        device |= state
+    return Memory({name: size for name, size in device.items() if size}, host)
+
+
+def memory_by_stage(
+    networks: Mapping[str, int], workers: WorkersConfig, stages: Sequence[Literal[0, 1, 2, 3]]
+) -> dict[str, Memory]:
+    """What each worker needs under each ZeRO stage, and with the optimizer offloaded where that is possible."""
+    found = {}
+    for stage in stages:
+        found[f"stage {stage}"] = memory_per_worker(
+            networks, replace(workers, zero_stage=stage, offload_optimizer=False)
+        )
+        if stage > 1:
+            found[f"stage {stage}, offloaded"] = memory_per_worker(
+                networks, replace(workers, zero_stage=stage, offload_optimizer=True)
+            )
+    return found

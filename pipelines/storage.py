@@ -238,6 +238,10 @@ class Storage:
         """Delete the file `name`."""
         self.filesystem.delete_file(self.path(name))
 
+    def delete_folder(self, name: str) -> None:
+        """Delete the folder `name` and all below it."""
+        self.filesystem.delete_dir(self.path(name))
+
     def read_json(self, name: str) -> Any:
         """The JSON document `name`."""
         return json.loads(self.read(name))

@@ -100,8 +100,11 @@ class WorkersConfig:
     """Whether each worker has a GPU."""
     cpus: Annotated[float, Ge(0)] = 1.0
     """CPU cores of each worker."""
-    zero_stage: Literal[1, 2] = 1
-    """DeepSpeed ZeRO stage: 1 shards the optimizer and the average over workers, 2 the gradients as well."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage: 1 shards the optimizer and the average over workers, 2 the gradients as well, 3 the weights
+    too; 0 shards nothing."""
+    offload_optimizer: bool = False
+    """Keep the optimizer and the average in the memory of the host, and update there; needs stage 2 or 3."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights in the forward and backward pass; the optimizer keeps float32."""
     activation_checkpointing: bool = False

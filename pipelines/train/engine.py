@@ -1,27 +1,26 @@
 """One network in training: DeepSpeed's engine, the learning rate's way, and the average of the weights.
 
-DeepSpeed enters the project here only. The average is kept of the fp32 master weights that the ZeRO optimizer shards
-over workers, so each worker averages its own shard: no worker holds a full copy, and no update communicates.
+DeepSpeed enters the project here only. Under every ZeRO stage the average is kept of the fp32 weights that this
+worker's optimizer holds: under stages 1 to 3 no worker has a full copy, and an update communicates nothing.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.ema import EMA
-from pipelines.checkpoints import ema_file
+from pipelines.checkpoints import Shards
 from pipelines.train.config import BatchConfig, EMAConfig, OptimizerConfig, ScheduleConfig, WorkersConfig
 from pipelines.train.guard import GatedAdamW, Guard
-
-TAG = "state"  # DeepSpeed's name for the one checkpoint in a folder
+from pipelines.train.sharded import Part, Sharded
 
 
 class Engine:
@@ -41,12 +40,15 @@ class Engine:
     ) -> None:
         """`ema` is None for a network that is not averaged (a discriminator); `lr_scale` multiplies its rate."""
         deepspeed = _deepspeed(workers.gpu)
-        self.name, self.network = name, network
+        self.name, self.network, self.guard = name, network, Guard(optimizer.guard)
         self._optimizer, self._schedule, self._batch, self._lr_scale = optimizer, schedule, batch, lr_scale
-        self.guard = Guard(optimizer.guard)
+        self._stage = workers.zero_stage
+        self._own_norm: float | None = 0.0 if self._stage == 0 and workers.dtype == "float32" else None
+        parameters = {key: tuple(parameter.shape) for key, parameter in network.named_parameters()}
+        self._blank = _without_weights(network)
         self._loss = torch.zeros(())  # mean over this step's passes so far
-        self._refusal: str | None = None
-        self._judged = False
+        self._refusal: str | None = "DeepSpeed tries the optimizer while it is made"
+        self._judged = True
         adamw = GatedAdamW(
             network.parameters(),
             may_step=self._may_step,
@@ -56,16 +58,21 @@ class Engine:
             weight_decay=optimizer.weight_decay,
             fused=workers.gpu or None,
         )
-        exact = [parameter.detach().float().cpu().clone() for parameter in network.parameters()]
+        exact = {key: parameter.detach().float().cpu().clone() for key, parameter in network.named_parameters()}
         self._engine, *_ = deepspeed.initialize(
             model=network, optimizer=adamw, config=deepspeed_config(optimizer, batch, workers)
         )
-        if workers.dtype != "float32":
-            self._restore_masters(exact)
-        self.ema = EMA(self._masters(), ema.halflife_images, ema.rampup) if ema else None
+        self._dtype = torch.bfloat16 if workers.dtype == "bfloat16" else torch.float32
+        self.sharded = Sharded(self._engine, network, parameters, self._stage)
+        if workers.dtype != "float32":  # DeepSpeed rounds the network before it copies the fp32 weights
+            self.sharded.set_weights(exact)
+        del exact
+        self._refusal = None
+        self.ema = EMA(self.sharded.weights, ema.halflife_images, ema.rampup) if ema else None
+        self.sharded.average = self.ema.shadow if self.ema else None
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """The network's forward pass.
+        """The network's forward pass; of the averaged network while `averaged` lasts.
 
         It goes past DeepSpeed's own, which hangs hooks on the outputs: they would take the gradients of the adaptive
         weight for the step's backward pass. `backward` does what they are for.
@@ -75,7 +82,8 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's mean loss; workers are averaged."""
         self._loss = self._loss.to(loss.device) + loss.detach().float() / self._engine.gradient_accumulation_steps()
-        self._engine.optimizer.clear_backward_seen_flag()
+        if self._stage > 0:
+            self._engine.optimizer.clear_backward_seen_flag()
         loss.register_hook(lambda _: self._engine._backward_prologue())  # clears what the last pass left, among others
         self._engine.backward(loss)
 
@@ -92,7 +100,7 @@ class Engine:
             self._judged = False
         self._engine.step()
         if last and self._may_step() and self.ema is not None:  # where a norm is not finite, DeepSpeed did not ask
-            self.ema.update(self._masters(), images_seen, self._batch.global_size)
+            self.ema.update(self.sharded.weights, images_seen, self._batch.global_size)
         if last:
             self._loss = torch.zeros_like(self._loss)
 
@@ -101,17 +109,6 @@ class Engine:
         refusal, self._refusal = self._refusal, None
         return refusal
 
-    def _may_step(self) -> bool:
-        """The guard's verdict on this step, which it gives once."""
-        if not self._judged:
-            loss = float(self._loss) / torch.distributed.get_world_size()
-            self._refusal, self._judged = self.guard.judge(loss, self._norm()), True
-        return self._refusal is None
-
-    def _norm(self) -> float:
-        norm = self._engine.optimizer._global_grad_norm
-        return float(norm) if norm is not None else 0.0
-
     def learning_rate(self, images_seen: int) -> float:
         """The rate of the step that ends at `images_seen`."""
         left = self._schedule.images - images_seen + self._batch.global_size
@@ -119,69 +116,70 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """Norm of the last step's gradient over all parameters, before clipping."""
-        return self._norm()
+        if self._own_norm is not None:
+            return self._own_norm
+        norm = self._engine.optimizer._global_grad_norm
+        return float(norm) if norm is not None else 0.0
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The network with the averaged weights in place; training's own come back at the end."""
+        """A network of the averaged weights, whole on every worker, in training's type; gone at the end.
+
+        It is another network than the one that learns, without DeepSpeed's hooks, and so not compiled.
+        """
         if self.ema is None:
             raise RuntimeError(f"{self.name} is not averaged")
-        self._exchange()
+        trained = self.network
+        network = copy.deepcopy(self._blank)
+        for name, value in trained.named_buffers():
+            owner, _, attribute = name.rpartition(".")
+            network.get_submodule(owner)._buffers[attribute] = value
+        for name, value in self.sharded.gathered(self.ema.shadow):
+            owner, _, attribute = name.rpartition(".")
+            weight = nn.Parameter(value.to(self._dtype, copy=True), requires_grad=False)
+            setattr(network.get_submodule(owner), attribute, weight)
+        self.network = network.eval()
         try:
-            yield self.network.eval()
+            yield self.network
         finally:
-            self._exchange()
-            self.network.train()
+            self.network = trained
 
-    def full_weights(self) -> dict[str, Tensor]:
+    def full_weights(self, averaged: bool = False) -> dict[str, Tensor]:
         """All weights in fp32, on the CPU, gathered from the workers' shards: in full on worker 0, empty elsewhere."""
-        from deepspeed.utils import safe_get_full_fp32_param
+        if averaged and self.ema is None:
+            raise RuntimeError(f"{self.name} is not averaged")
+        tensors = self.ema.shadow if averaged and self.ema else self.sharded.weights
+        first = torch.distributed.get_rank() == 0
+        return {name: value.to("cpu", copy=True) for name, value in self.sharded.gathered(tensors) if first}
 
-        weights = {}
-        for name, parameter in self.network.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
-            if torch.distributed.get_rank() == 0:
-                weights[name] = full.to("cpu", copy=True)
-        return weights
+    def numbers(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors: the same on all workers."""
+        average = {"halflife_images": self.ema.halflife_images, "rampup": self.ema.rampup} if self.ema else None
+        return {"updates": self.sharded.updates, "average": average, "guard": self.guard.state_dict()}
 
-    def save(self, folder: Path) -> None:
-        """Write this worker's part of the checkpoint below `folder`."""
-        target = folder / self.name
-        target.mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(target), tag=TAG)
-        if self.ema is not None:
-            torch.save(self.ema.state_dict(), target / ema_file(torch.distributed.get_rank()))
+    def snapshot(self, buffers: dict[str, Tensor]) -> Part:
+        """A copy of what this worker writes into a checkpoint, in `buffers`, which it may have filled before."""
+        return self.sharded.snapshot(buffers)
 
-    def load(self, folder: Path) -> None:
-        """Take up a checkpoint. Raises FileNotFoundError where a part of it is missing."""
-        target = folder / self.name
-        path, _ = self._engine.load_checkpoint(str(target), tag=TAG)
-        if path is None:  # DeepSpeed only warns, and would train from scratch
-            raise FileNotFoundError(f"{target} holds no DeepSpeed checkpoint {TAG!r}")
-        if self.ema is not None:
-            part = target / ema_file(torch.distributed.get_rank())
-            self.ema.load_state_dict(torch.load(part, map_location="cpu", weights_only=True))
+    def load(self, shards: Shards, numbers: Mapping[str, Any]) -> None:
+        """Take up a checkpoint of any number of workers and any stage.
 
-    def _restore_masters(self, exact: list[Tensor]) -> None:
-        """Give the master weights the digits that they lost: DeepSpeed rounds the network before it copies them."""
-        from deepspeed.utils import safe_set_full_fp32_param
+        Raises ValueError where it is of another network, or its average has another half-life.
+        """
+        if numbers["average"] != self.numbers()["average"]:
+            raise ValueError(f"{shards.uri}: {self.name} has the average {numbers['average']}, another than configured")
+        self.sharded.load(shards, numbers["updates"])
+        self.guard.load_state_dict(numbers["guard"])
 
-        for parameter, value in zip(self.network.parameters(), exact, strict=True):
-            safe_set_full_fp32_param(parameter, value.to(parameter.device))
-
-    def _masters(self) -> list[Tensor]:
-        """This worker's shards of the fp32 weights."""
-        return [shard for group in self._engine.basic_optimizer.param_groups for shard in group["params"]]
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        """Swap averaged and master weights, shard by shard, and give every worker the full network of the latter."""
-        assert self.ema is not None
-        for average, master in zip(self.ema.shadow, self._masters(), strict=True):
-            kept = master.data.clone()
-            master.data.copy_(average)
-            average.copy_(kept)
-        self._engine.optimizer.update_lp_params()
+    def _may_step(self) -> bool:
+        """The guard's verdict on this step, which it gives once."""
+        if not self._judged:
+            if self._own_norm is not None:
+                limit = self._optimizer.clip_norm or math.inf
+                self._own_norm = float(nn.utils.clip_grad_norm_(self.network.parameters(), limit))
+            loss = float(self._loss) / torch.distributed.get_world_size()
+            self._refusal, self._judged = self.guard.judge(loss, self.gradient_norm()), True
+        return self._refusal is None
 
 
 def learning_rate(config: OptimizerConfig, images_seen: int, left: int) -> float:
@@ -199,19 +197,32 @@ def learning_rate(config: OptimizerConfig, images_seen: int, left: int) -> float
 
 def deepspeed_config(optimizer: OptimizerConfig, batch: BatchConfig, workers: WorkersConfig) -> dict[str, Any]:
     """DeepSpeed's settings."""
+    half, stage = workers.dtype == "bfloat16", workers.zero_stage
+    zero: dict[str, Any] = {"stage": stage, "memory_efficient_linear": False}  # which replaces F.linear everywhere
+    if workers.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": workers.gpu}
     return {
         "train_batch_size": batch.global_size,
         "train_micro_batch_size_per_gpu": batch.micro_size,
         "gradient_accumulation_steps": batch.global_size // (batch.micro_size * workers.count),
-        "gradient_clipping": optimizer.clip_norm,
-        "zero_optimization": {"stage": workers.zero_stage},
-        "bf16": {"enabled": workers.dtype == "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},  # and so does a sum over many passes
+        "gradient_clipping": optimizer.clip_norm if stage or half else 0.0,  # without either, Engine clips
+        "zero_optimization": zero,
+        "bf16": {"enabled": half},
         "communication_data_type": "fp32",  # a sum over many workers loses digits in bf16
+        "data_types": {"grad_accum_dtype": "fp32"} if stage else {},  # and so does a sum over many passes
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,  # AdamW with a gate
         "steps_per_print": 10**9,
     }
+
+
+def _without_weights(network: nn.Module) -> nn.Module:
+    """A copy of a network whose weights are on the meta device."""
+    meta: dict[int, Any] = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for parameter in network.parameters()
+    }
+    return copy.deepcopy(network, meta)
 
 
 def _deepspeed(gpu: bool) -> Any:

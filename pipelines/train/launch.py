@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from model.config import Conditioning
 from pipelines import networks
-from pipelines.checkpoints import CHECKPOINTS, RUN
+from pipelines.checkpoints import RUN, newest_checkpoint, read_progress
 from pipelines.config import TrackingConfig, flat, without_secrets
 from pipelines.progress import progress
 from pipelines.schema import Manifest, require_manifest
@@ -41,6 +41,9 @@ FREE_SETTINGS = (
     "task.samples.",
     "batch.micro_size",
     "optimizer.guard.",
+    "workers.count",
+    "workers.zero_stage",
+    "workers.offload_optimizer",
     "workers.max_failures",
     "workers.cpus",
     "workers.peak_tflops",
@@ -51,6 +54,7 @@ FREE_SOURCE_PATHS = re.compile(r"task\.sources\.\d+\.path")
 LATENTS_PATHS = ("task.vae.path", "task.text.clip_l", "task.text.bigg")
 """Settings that may change when a run is resumed: by their beginning, and places, whose content is checked instead;
 the last are those of a run on latents, whose fingerprint covers them."""
+RAY_TRAIN = "ray_train"  # folder below a run's output that Ray Train has to itself
 BOARD_POLL_SECONDS = 0.5
 
 
@@ -89,6 +93,7 @@ def train(
     if done >= schedule.images:
         send_left(uri, output)
         return 0
+    _check_checkpoint(output, done)
     if isinstance(task, DenoiserTaskConfig):
         check_latents(task, manifest, options)
     if batch.validation_share and before is None:
@@ -184,14 +189,25 @@ def _trainer(training: Training) -> TorchTrainer:
             resources_per_worker={"CPU": workers.cpus, **gpu},
         ),
         run_config=RunConfig(
-            name=CHECKPOINTS,
+            name=RAY_TRAIN,
             storage_path=output.root,
             storage_filesystem=output.filesystem,
             failure_config=FailureConfig(max_failures=workers.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=training.schedule.keep_checkpoints),
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # the stub is Train V1's
         ),
     )
+
+
+def _check_checkpoint(output: Storage, done: int) -> None:
+    """Raise ValueError unless the run's newest checkpoint is whole, or it has none and has not ended before."""
+    checkpoint = newest_checkpoint(output)
+    if checkpoint is not None:
+        read_progress(output.folder(checkpoint))
+    elif done:
+        raise ValueError(
+            f"{output.uri} was trained to {done} images, and its checkpoints are gone; to go on from its weights, name "
+            "them in a run with another output"
+        )
 
 
 def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], output: Storage) -> None:

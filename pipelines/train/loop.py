@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConsistencyMode
 
 from model.speed import compile_blocks
 from model.unet import UNet
 from model.vae import VAE
-from pipelines.checkpoints import PROGRESS
 from pipelines.storage import Storage, StorageOptions
 from pipelines.tracking import Ticket, Tracker
 from pipelines.train.batches import Slices
+from pipelines.train.checkpointing import Checkpointer
 from pipelines.train.config import (
     BatchConfig,
     DenoiserTaskConfig,
@@ -75,7 +71,8 @@ def train_on_worker(settings: dict[str, Training]) -> None:
     validation = hide(task, training.output, batch, schedule, rank=rank, world=world)
     engines = _engines(task, training, device)
     plan = Plan(task.reader.files, batch)
-    step = _restore(engines)
+    checkpointer = Checkpointer(training.output, schedule.keep_checkpoints)
+    step = checkpointer.restore(engines)
     steps = -(-schedule.images // batch.global_size)
     slices = Slices(task.reader, plan, rank, world, step)
     peak = peak_tflops(training.workers.peak_tflops, device, training.workers.dtype) if rank == 0 else None
@@ -95,11 +92,12 @@ def train_on_worker(settings: dict[str, Training]) -> None:
         step += 1
         last = step == steps
         if not _accepted(engines, task, plan.step(step - 1), images_seen, training):
-            return
+            break
         validated = schedule.validation_images and (last or _due(schedule.validation_images, images_seen, batch))
         if last or validated or _due(schedule.log_images or batch.global_size, images_seen, batch):
             numbers = meter.read(engines, batch, images_seen, slices.waited_seconds)
             numbers |= {f"refused_steps_{name}": float(engine.guard.refused) for name, engine in engines.items()}
+            numbers["checkpoint_wait_seconds"] = checkpointer.waited()
             numbers |= _measured(validation if validated else None, task, averaged) | system_metrics(device)
             if tracker:
                 tracker.log(images_seen, numbers)
@@ -109,13 +107,20 @@ def train_on_worker(settings: dict[str, Training]) -> None:
         if last or _due(schedule.checkpoint_images, images_seen, batch):
             if tracker:
                 tracker.keep()
-            _checkpoint(engines, step, images_seen)
-    with averaged.averaged() as network:
-        weights = averaged.full_weights()
-        if rank == 0:
-            export(task, network, weights, plan, training.output)
+            checkpointer.save(engines, step, images_seen)
+    else:
+        checkpointer.finish()
+        _export(averaged, task, plan, training.output)
+    checkpointer.finish()
     if tracker:
         tracker.leave()
+
+
+def _export(averaged: Engine, task: Task, plan: Plan, output: Storage) -> None:
+    weights = averaged.full_weights(averaged=True)
+    with averaged.averaged() as network:
+        if torch.distributed.get_rank() == 0:
+            export(task, network, weights, plan, output)
 
 
 def _task(training: Training, device: torch.device) -> Task:
@@ -185,28 +190,3 @@ def _accepted(
     if ended:
         torch.distributed.barrier()  # nobody ends before it is told
     return not ended
-
-
-def _checkpoint(engines: dict[str, Engine], step: int, images_seen: int) -> None:
-    """Hand a checkpoint to Ray Train, and wait until it has recorded it: one that is only reported can be lost."""
-    with tempfile.TemporaryDirectory() as folder:
-        for engine in engines.values():
-            engine.save(Path(folder))
-        guards = {name: engine.guard.state_dict() for name, engine in engines.items()}
-        progress = {"step": step, "images_seen": images_seen, "guards": guards}
-        Path(folder, PROGRESS).write_text(json.dumps(progress))
-        ray.train.report(progress, checkpoint=Checkpoint.from_directory(folder))
-        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
-
-
-def _restore(engines: dict[str, Engine]) -> int:
-    """Take up the last checkpoint; gives the number of steps that are behind it, 0 where there is none."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        progress = json.loads(Path(folder, PROGRESS).read_text())
-        for name, engine in engines.items():
-            engine.load(Path(folder))
-            engine.guard.load_state_dict(progress["guards"][name])
-        return int(progress["step"])

@@ -18,7 +18,7 @@ from model.config import DiffusionConfig, PredictionType
 from model.text import read_text
 from model.weights import fingerprint, load_unet, load_vae, save_weights
 from pipelines import networks
-from pipelines.checkpoints import ema_file
+from pipelines.checkpoints import AVERAGE, FORMAT, PROGRESS, Run, shard_file, write_shard
 from pipelines.config import TextWeightsConfig, WeightsConfig
 from pipelines.storage import Storage, StorageOptions
 
@@ -165,12 +165,15 @@ def test_an_export_that_fails_on_its_way_leaves_nothing(folder, monkeypatch, set
 def test_a_checkpoint_of_a_run_that_goes_on_is_exported_with_its_average(folder, runs):
     network = networks.unet(WeightsConfig(preset="tiny-base", path=f"{runs}/base"), OPTIONS)
     run = folder / "going"
-    checkpoint = run / "checkpoints" / "checkpoint_1"
-    (checkpoint / "unet").mkdir(parents=True)
-    (checkpoint / "progress.json").write_text('{"images_seen": 8}')
+    checkpoint, file = Storage(f"{run}/checkpoints/checkpoint_1"), shard_file("unet", 0)
+    run.mkdir()
     (run / "run.json").write_text(json.dumps({"settings": {"task": {"diffusion": asdict(V)}}}))
-    average = torch.cat([weight.detach().flatten() for weight in network.parameters()])
-    torch.save({"shadow": [average]}, checkpoint / "unet" / ema_file(0))
+    weights = {name: weight.detach() for name, weight in network.named_parameters()}
+    held = [Run(name, 0, weight.numel()) for name, weight in weights.items()]
+    average = torch.cat([weight.flatten() for weight in weights.values()])
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    size = write_shard(checkpoint, file, held, shapes, {AVERAGE: average})
+    checkpoint.write_json(PROGRESS, {"format": FORMAT, "images_seen": 8, "files": {file: size}})
     assert ended("unet.path=going/checkpoints/checkpoint_1") == 0
     written = WeightsConfig(preset="tiny-base", path=f"{folder}/out/model")
     assert networks.unet_fingerprint(written, OPTIONS) == fingerprint(network)

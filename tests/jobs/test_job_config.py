@@ -368,8 +368,12 @@ def test_preprocessing_is_refused_with(make, setting):
         "task.loss.size_dropout=-0.5",
         "task.loss.offset_noise=-1",
         "task.diffusion.prediction_type=velocity",
-        "workers.zero_stage=3",
+        "workers.zero_stage=4",
+        "workers.offload_optimizer=true",
         "workers.dtype=float16",
+        "optimizer.decay_shape=step",
+        "optimizer.final_lr_share=1.5",
+        "optimizer.guard.action=shrug",
         "workers.count=two",
     ],
 )
@@ -576,3 +580,17 @@ def test_the_resolved_settings_load_to_the_same_job(make):
     for kind in JOBS:
         job = make(kind)
         assert kind.model_validate(job.model_dump(mode="json")) == job
+
+
+def test_stages_are_refused_where_they_cannot_work(make):
+    for settings in (["workers.zero_stage=3"], ["workers.zero_stage=0"], ["workers.zero_stage=2", OFFLOADED]):
+        make(TrainBaseJob, *settings)
+    message = wrong(make, TrainBaseJob, "workers.zero_stage=1", OFFLOADED)
+    assert "workers.offload_optimizer: stage 1 does not offload; take 2 or 3" in message
+    message = wrong(make, TrainBaseJob, "workers.zero_stage=0", "workers.dtype=bfloat16")
+    assert "workers.zero_stage: stage 0 adds up 2 passes in bfloat16" in message
+    make(TrainBaseJob, "workers.zero_stage=0", "workers.dtype=bfloat16", "batch.micro_size=8")
+    assert "workers.zero_stage: stage 3 shards the VAE's last layer" in wrong(make, TrainVAEJob, "workers.zero_stage=3")
+
+
+OFFLOADED = "workers.offload_optimizer=true"

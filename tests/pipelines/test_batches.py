@@ -100,6 +100,7 @@ def test_a_batch_holds_exactly_the_rows_that_were_asked_for(dataset):
     wide = [n for n, file in enumerate(reader.files) if file.bucket == (16, 24)]
     rows = np.array([[wide[0], 1], [wide[0], 2], [wide[1], 0]])
     batch = reader.read(rows, (16, 24), first=40)
+    assert reader.names(rows[::-1]) == [f"{firsts[reader.files[file].name] + row:04}" for file, row in rows[::-1]]
     expected = [values(firsts[reader.files[file].name] + row, (16, 24)) for file, row in rows.tolist()]
     assert (batch.first, batch.bucket) == (40, (16, 24))
     for name, tensor in (
@@ -263,6 +264,8 @@ def images(tmp_path, dataset):
 def test_kept_images_are_read_by_bucket(images):
     reader, *_ = images
     assert [(file.bucket, file.rows) for file in reader.files] == [((16, 32), 2), ((32, 16), 2)]
+    for bucket, numbers in enumerate(((0, 2), (3, 4))):
+        assert sorted(reader.names(np.array([[bucket, 0], [bucket, 1]]))) == [f"source:{n}.png" for n in numbers]
 
 
 def test_images_are_cropped_anew_by_their_number_in_the_run(images):

@@ -1,21 +1,25 @@
-"""The engine against plain torch: two workers under ZeRO do what one process does with AdamW and an average."""
+"""The engine against plain torch, under every ZeRO stage: pairs of workers do what one process does with AdamW and an
+average, and what a pair has left four workers take up under another stage."""
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import socket
-import tempfile
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing
 from torch import nn
 
+from model.config import UNET_PRESETS
 from model.ema import EMA
-from pipelines.checkpoints import averaged_weights
+from pipelines.checkpoints import averaged_weights, newest_checkpoint
 from pipelines.storage import Storage
 from pipelines.train.config import (
     BatchConfig,
@@ -26,10 +30,33 @@ from pipelines.train.config import (
     WorkersConfig,
 )
 
-STEPS, GLOBAL, WORLD = 4, 8, 2
+STEPS, GLOBAL, WORKERS = 4, 8, 4
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, warmup_images=16, decay_images=16, clip_norm=0.5)
 SCHEDULE = ScheduleConfig(images=STEPS * GLOBAL, checkpoint_images=GLOBAL)
 HALFLIFE = 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a network is trained."""
+
+    stage: int
+    dtype: str = "float32"
+    offload: bool = False
+    passes: int = 2
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}{'o' if self.offload else ''}-{self.dtype}"
+
+
+PAIRS = (
+    (Case(0), Case(1), Case(2), Case(1, "bfloat16"), Case(2, "bfloat16")),
+    (Case(3), Case(2, offload=True), Case(3, offload=True), Case(3, "bfloat16"), Case(0, "bfloat16", passes=1)),
+)
+CASES = {case.name: case for pair in PAIRS for case in pair}
+EXACT, HALF = (sorted(name for name in CASES if word in name) for word in ("float32", "bfloat16"))
+MOVES = (("0-float32", "3"), ("1-float32", "0"), ("2-float32", "3o"), ("3-float32", "1"), ("3o-float32", "2"))
 
 
 def network() -> nn.Module:
@@ -44,10 +71,10 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
-def by_hand() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Weights and averaged weights of the same training without DeepSpeed."""
+def by_hand() -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
+    """Weights, averaged weights and losses of the same training without DeepSpeed."""
     model = network()
-    parameters = list(model.parameters())
+    parameters, losses = list(model.parameters()), []
     adamw = torch.optim.AdamW(parameters, lr=OPTIMIZER.lr, weight_decay=OPTIMIZER.weight_decay)
     average = EMA([p.data for p in parameters], HALFLIFE)
     for step, (x, y) in enumerate(batches()):
@@ -56,174 +83,321 @@ def by_hand() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         for group in adamw.param_groups:
             group["lr"] = OPTIMIZER.lr * min(1, seen / OPTIMIZER.warmup_images, left / OPTIMIZER.decay_images)
         adamw.zero_grad()
-        (model(x) - y).square().mean(1).mean().backward()
+        loss = (model(x) - y).square().mean(1).mean()
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, OPTIMIZER.clip_norm)
         adamw.step()
         average.update([p.data for p in parameters], seen, GLOBAL)
-    return [p.detach() for p in parameters], average.shadow
+        losses.append(float(loss.detach()))
+    return [p.detach() for p in parameters], average.shadow, losses
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    """All cases in one pair of processes: starting them takes longer than the cases."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
-    os.environ["WORLD_SIZE"] = str(WORLD)
+def parent(_: int, *arguments: Any) -> None:
+    """Fork the workers from one process that has imported what they need, which takes longer than all else."""
+    import torch._dynamo
+
+    from pipelines.train.engine import _deepspeed
+
+    _deepspeed(gpu=False)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD)
-    for stage, micro, dtype in (
-        (1, 4, "float32"),
-        (2, 4, "float32"),
-        (2, 2, "float32"),
-        (1, 4, "bfloat16"),
-        (2, 4, "bfloat16"),
-    ):
-        name = f"{stage}-{micro}-{dtype}"
-        start = new_engine(stage, micro, dtype).full_weights()
-        shared = Path(folder, name)
-        engine = train(new_engine(stage, micro, dtype), micro, rank, 0, STEPS)
-        weights = engine.full_weights()
-        with engine.averaged() as averaged:
-            seen_inside = [p.detach().float().clone() for p in averaged.parameters()]
-            average = engine.full_weights()
-        again = engine.full_weights()
-        engine.save(Path(folder, f"{name}-end"))
-        half = train(new_engine(stage, micro, dtype), micro, rank, 0, STEPS // 2)
-        half.save(shared)
-        torch.distributed.barrier()
-        resumed = new_engine(stage, micro, dtype)
-        resumed.load(shared)
-        train(resumed, micro, rank, STEPS // 2, STEPS)
-        resumed_weights = resumed.full_weights()
-        with resumed.averaged():
-            resumed_average = resumed.full_weights()
-        torch.distributed.barrier()
-        if rank == 0:
-            found = {
-                "checkpoint": averaged_weights(Storage(f"{folder}/{name}-end"), "net", network().to("meta")),
-                "start": start,
-                "weights": weights,
-                "average": average,
-                "inside": seen_inside,
-                "again": again,
-                "resumed": resumed_weights,
-                "resumed_average": resumed_average,
-            }
-            torch.save(found, Path(folder, f"{name}.pt"))
-    norms = {stage: norm_of_unequal_passes(stage) for stage in (1, 2)}
-    refused = [refusals(stage, dtype, rank) for stage, dtype in ((1, "float32"), (2, "float32"), (1, "bfloat16"))]
-    torch.save(refused, Path(folder, f"refused-{rank}.pt"))
-    if rank == 0:
-        torch.save(norms, Path(folder, "norms.pt"))
+    gc.freeze()  # DeepSpeed collects garbage at every turn
+    torch.multiprocessing.start_processes(worker, arguments, WORKERS, start_method="fork")
+
+
+def worker(rank: int, ports: tuple[int, ...], folder: str) -> None:
+    """Two pairs of workers with half the cases each, then all four together."""
+    from pipelines.train import engine
+
+    plain = engine.deepspeed_config
+
+    def sharding_all(*settings: Any) -> dict[str, Any]:  # parameters as small as these stay whole otherwise
+        config = plain(*settings)
+        return config | {"zero_optimization": config["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
+
+    engine.deepspeed_config = sharding_all
+    pair, place = divmod(rank, 2)
+    join(place, 2, ports[pair])
+    for case in PAIRS[pair]:
+        torch.save(trained_by_a_pair(case, Path(folder)), Path(folder, f"{case.name}.{place}.pt"))
+    others = {"unet": unet_losses((1, 3)[pair]), "norms": norms_of_unequal_passes((1, 2, 3)[pair * 2 : pair * 2 + 2])}
+    torch.save(others, Path(folder, f"others{pair}.{place}.pt"))
+    torch.distributed.destroy_process_group()
+    leave()
+    join(rank, WORKERS, ports[2])
+    moved = {f"{name} to {stage}": moved_to_four(name, stage, Path(folder)) for name, stage in MOVES}
+    torch.save(moved, Path(folder, f"moved.{rank}.pt"))
     torch.distributed.destroy_process_group()
 
 
-def refusals(stage: int, dtype: str, rank: int) -> list[tuple[str | None, bool, bool]]:
+def join(rank: int, world: int, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ["WORLD_SIZE"] = str(world)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+
+
+def leave() -> None:
+    """Make DeepSpeed forget the groups of workers that it has seen, and the numbers that it has given to modules."""
+    import deepspeed.comm.comm
+    import deepspeed.utils.groups
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    Init.param_id = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+
+    deepspeed.comm.comm.cdb = None
+    for name, value in vars(deepspeed.utils.groups).items():
+        if name.startswith("_") and name.endswith("_GROUP") and value is not None:
+            setattr(deepspeed.utils.groups, name, None)
+
+
+def trained_by_a_pair(case: Case, folder: Path) -> dict[str, Any]:
+    """What a run of four steps leaves, and one that is broken off after two and taken up again."""
+    from pipelines.train.checkpointing import Checkpointer
+
+    run = Storage(str(folder / case.name))
+    engine = new_engine(case, 2)
+    found: dict[str, Any] = {"start": engine.full_weights()}
+    checkpointer = Checkpointer(run, keep=1)
+    found["nothing"] = checkpointer.restore({"net": engine})
+    losses = train(engine, case, 0, 1)
+    checkpointer.save({"net": engine}, 1, GLOBAL)
+    losses += train(engine, case, 1, 2)
+    checkpointer.save({"net": engine}, 2, 2 * GLOBAL)  # while it is written
+    found["half"] = state_of(engine)
+    found["losses"] = losses + train(engine, case, 2, STEPS)
+    checkpointer.finish()
+    before = state_of(engine)
+    with engine.averaged() as averaged:
+        found["inside"] = [p.detach().clone() for p in averaged.parameters()]
+        x = batches()[0][0].to(found["inside"][0].dtype)
+        found["called"] = torch.equal(engine(x), averaged(x))
+    found |= {"untouched": same(before, state_of(engine)), "end": state_of(engine), "norm": engine.gradient_norm()}
+    resumed = new_engine(case, 2)
+    found["steps"] = Checkpointer(run, keep=1).restore({"net": resumed})
+    train(resumed, case, 2, STEPS)
+    found["resumed"] = same(found["end"], state_of(resumed))
+    found["refused"] = list(refusals(case))
+    return found
+
+
+def moved_to_four(name: str, stage: str, folder: Path) -> dict[str, Any]:
+    """The state that four workers take up under `stage`, and what the two steps that were left make of it."""
+    from pipelines.train.checkpointing import Checkpointer
+
+    case = Case(int(stage[0]), offload=stage.endswith("o"), passes=1)
+    engine = new_engine(case, WORKERS)
+    run = Storage(str(folder / name))
+    steps = Checkpointer(run, keep=1).restore({"net": engine})
+    found = {"half": state_of(engine), "steps": steps, "losses": train(engine, case, 2, STEPS)}
+    return found | {"end": state_of(engine)}
+
+
+def new_engine(case: Case, world: int, guard: GuardConfig | None = None, net: nn.Module | None = None) -> Any:
+    from pipelines.train.engine import Engine
+
+    return Engine(
+        "net",
+        (net or network()).train(),
+        optimizer=replace(OPTIMIZER, guard=guard or GuardConfig()),
+        schedule=SCHEDULE,
+        batch=BatchConfig(global_size=GLOBAL, micro_size=GLOBAL // world // case.passes),
+        workers=WorkersConfig(count=world, zero_stage=case.stage, dtype=case.dtype, offload_optimizer=case.offload),  # type: ignore[arg-type]
+        ema=EMAConfig(halflife_images=HALFLIFE),
+    )
+
+
+def train(engine: Any, case: Case, first: int, last: int) -> list[float]:
+    """The steps' losses, means over workers."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    share, losses = GLOBAL // world, []
+    for step, (x, y) in list(enumerate(batches()))[first:last]:
+        total = torch.zeros(())
+        for start in range(rank * share, (rank + 1) * share, share // case.passes):
+            part = slice(start, start + share // case.passes)
+            loss = (engine(x[part].to(engine._dtype)).float() - y[part]).square().mean(1).mean()
+            engine.backward(loss)
+            engine.step((step + 1) * GLOBAL)
+            total += loss.detach() / case.passes / world
+        torch.distributed.all_reduce(total)
+        losses.append(float(total))
+    return losses
+
+
+def state_of(engine: Any) -> dict[str, torch.Tensor]:
+    """All that a checkpoint brings back, in full: fp32 weights, average and moments; and what the network gives."""
+    found = {
+        f"{role} {name}": value.clone()
+        for role, tensors in engine.sharded.all().items()
+        for name, value in engine.sharded.gathered(tensors)
+    }
+    found["updates"] = torch.tensor(engine.sharded.updates)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        found["output"] = engine(torch.randn(3, 5, generator=generator).to(engine._dtype)).clone()
+    return found
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def refusals(case: Case) -> Iterator[tuple[str | None, bool, bool]]:
     """For each of five steps: why it was refused, whether anything changed, and whether the run ends.
 
     Worker 1's loss is no number in the first, before any step was taken, and in the fourth and fifth; in the third it
     is a thousand times what it was.
     """
-    guard = GuardConfig(spike_factor=100, window_steps=1, most_in_a_row=3)
-    engine = new_engine(stage, 4, dtype, replace(OPTIMIZER, guard=guard))
-    found = []
-    x, y = batches()[0]
+    case = replace(case, passes=1)
+    engine = new_engine(case, 2, GuardConfig(spike_factor=100, window_steps=1, most_in_a_row=3))
+    rank, (x, y) = torch.distributed.get_rank(), batches()[0]
     part = slice(rank * 4, rank * 4 + 4)
     for step, factor in enumerate((math.nan, 1.0, 1e3, math.nan, math.nan)):
         before = state_of(engine)
-        loss = (engine(x[part].to(next(engine.network.parameters()).dtype)).float() - y[part]).square().mean()
+        loss = (engine(x[part].to(engine._dtype)).float() - y[part]).square().mean()
         engine.backward(loss * factor if rank == 1 else loss)
         engine.step((step + 1) * GLOBAL)
-        changed = not all(torch.equal(a, b) for a, b in zip(before, state_of(engine), strict=True))
-        found.append((engine.refusal(), changed, engine.guard.ends_the_run))
-    return found
+        yield engine.refusal(), not same(before, state_of(engine)), engine.guard.ends_the_run
 
 
-def state_of(engine) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
-    """Copies of all that a step changes: weights in both types, moments, average."""
-    moments = engine._engine.basic_optimizer.state
-    kept = [value for master in engine._masters() for _, value in sorted(moments[master].items())] or [
-        torch.zeros(())
-    ] * 3
-    return [
-        value.detach().clone()
-        for value in (*engine.network.parameters(), *engine._masters(), *engine.ema.shadow, *kept)
-    ]
+def norms_of_unequal_passes(stages: tuple[int, ...]) -> dict[int, float]:
+    """Norms of a gradient that is the mean over passes of 1 and three times 2^-9, which bf16 does not add to 1."""
+    norms = {}
+    for stage in stages:
+        case = Case(stage, "bfloat16", passes=4)
+        engine = new_engine(case, 2, net=nn.Linear(1, 1, bias=False))
+        for value in (1.0, 2**-9, 2**-9, 2**-9):
+            engine.backward(engine(torch.tensor([[value]], dtype=torch.bfloat16)).float().mean())
+            engine.step(GLOBAL)
+        norms[stage] = engine.gradient_norm()
+    return norms
 
 
-def norm_of_unequal_passes(stage: int) -> float:
-    """Norm of a gradient that is the mean over passes of 1 and three times 2^-9, which bf16 does not add to 1."""
-    from pipelines.train.engine import Engine
+def unet_losses(stage: int) -> list[float]:
+    """Losses of three steps of the tiny base, with activation checkpointing."""
+    from model.unet import UNet
 
-    engine = Engine(
-        "net",
-        nn.Linear(1, 1, bias=False),
-        optimizer=OPTIMIZER,
-        schedule=SCHEDULE,
-        batch=BatchConfig(global_size=4 * WORLD, micro_size=1),
-        workers=WorkersConfig(count=WORLD, zero_stage=stage, dtype="bfloat16"),  # type: ignore[arg-type]
-        ema=None,
+    torch.manual_seed(0)
+    net = UNet(UNET_PRESETS["tiny-base"])
+    nn.init.normal_(net.out[2].weight, std=0.1)  # starts at zero, and nothing else would learn
+    net.activation_checkpointing = True
+    engine, config = new_engine(Case(stage), 2, net=net), net.config
+    generator, losses = torch.Generator().manual_seed(torch.distributed.get_rank()), []
+    x, context = (
+        torch.randn(2, 4, 8, 8, generator=generator),
+        torch.randn(2, 77, config.context_dim, generator=generator),
     )
-    for value in (1.0, 2**-9, 2**-9, 2**-9):
-        engine.backward(engine(torch.tensor([[value]], dtype=torch.bfloat16)).float().mean())
-        engine.step(4 * WORLD)
-    return engine.gradient_norm()
-
-
-def new_engine(stage: int, micro: int, dtype: str, optimizer: OptimizerConfig = OPTIMIZER):  # type: ignore[no-untyped-def]
-    from pipelines.train.engine import Engine
-
-    return Engine(
-        "net",
-        network().train(),
-        optimizer=optimizer,
-        schedule=SCHEDULE,
-        batch=BatchConfig(global_size=GLOBAL, micro_size=micro),
-        workers=WorkersConfig(count=WORLD, zero_stage=stage, dtype=dtype),  # type: ignore[arg-type]
-        ema=EMAConfig(halflife_images=HALFLIFE),
-    )
-
-
-def train(engine, micro: int, rank: int, first: int, last: int):  # type: ignore[no-untyped-def]
-    share = GLOBAL // WORLD
-    dtype = next(engine.network.parameters()).dtype
-    for step, (x, y) in list(enumerate(batches()))[first:last]:
-        for start in range(rank * share, (rank + 1) * share, micro):
-            part = slice(start, start + micro)
-            loss = (engine(x[part].to(dtype)).float() - y[part]).square().mean(1)
-            engine.backward(loss.mean())
+    vector = torch.randn(2, config.vector_dim, generator=generator)
+    for step in range(3):
+        for _ in range(2):
+            loss = (engine(x, torch.tensor([10, 900]), context, vector) - x).square().mean()
+            engine.backward(loss)
             engine.step((step + 1) * GLOBAL)
-    return engine
+        losses.append(float(loss.detach()))
+    with engine.averaged() as averaged, torch.no_grad():
+        losses.append(float(averaged(x, torch.tensor([10, 900]), context, vector).square().mean()))
+    return losses
 
 
 @pytest.fixture(scope="module")
-def trained() -> dict[str, dict]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (port, folder), nprocs=WORLD)
-        return {path.stem: torch.load(path, weights_only=True) for path in Path(folder).glob("*.pt")}
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What every worker has found, by case and rank."""
+    with socket.socket() as a, socket.socket() as b, socket.socket() as c:
+        for probe in (a, b, c):
+            probe.bind(("127.0.0.1", 0))
+        ports = tuple(probe.getsockname()[1] for probe in (a, b, c))
+    folder = tmp_path_factory.mktemp("engine")
+    torch.multiprocessing.spawn(parent, (ports, str(folder)))
+    return {"folder": folder} | {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
 
 
-@pytest.mark.parametrize("case", ["1-4-float32", "2-4-float32", "2-2-float32"])
-def test_equals_plain_adamw_with_its_schedule_clipping_and_average(trained: dict, case: str) -> None:
-    weights, average = by_hand()
-    for ours, theirs in zip(trained[case]["weights"].values(), weights, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    for ours, theirs in zip(trained[case]["average"].values(), average, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+def close(ours: dict[str, torch.Tensor], role: str, theirs: list[torch.Tensor], atol: float = 1e-6) -> None:
+    found = [value for name, value in ours.items() if name.startswith(f"{role} ")]
+    for one, other in zip(found, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=atol)
 
 
-@pytest.mark.parametrize("case", ["1-4-bfloat16", "2-4-bfloat16"])
+@pytest.mark.parametrize("case", EXACT)
+def test_every_stage_equals_plain_adamw_with_its_schedule_clipping_and_average(trained: dict, case: str) -> None:
+    weights, average, losses = by_hand()
+    close(trained[f"{case}.0"]["end"], "weights", weights)
+    close(trained[f"{case}.0"]["end"], "average", average)
+    assert trained[f"{case}.0"]["losses"] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", HALF)
 def test_bfloat16_keeps_fp32_weights_near_those_of_fp32(trained: dict, case: str) -> None:
-    weights, _ = by_hand()
-    for ours, theirs in zip(trained[case]["weights"].values(), weights, strict=True):
-        assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2)  # three decimals of bf16, through Adam
+    weights, _, losses = by_hand()
+    close(trained[f"{case}.0"]["end"], "weights", weights, atol=1e-2)  # three decimals of bf16, through Adam
+    assert trained[f"{case}.0"]["losses"] == pytest.approx(losses, rel=2e-2)
 
 
-@pytest.mark.parametrize("case", [0, 1, 2])
-def test_a_refused_step_changes_nothing_on_any_worker(trained: dict, case: int) -> None:
-    ours, theirs = (trained[f"refused-{rank}"][case] for rank in range(WORLD))
+def test_the_unet_learns_alike_with_its_weights_sharded_and_whole(trained: dict) -> None:
+    for rank in range(2):
+        whole, sharded = (trained[f"others{pair}.{rank}"]["unet"] for pair in range(2))
+        assert sharded == pytest.approx(whole, rel=1e-4)
+        assert len(set(whole)) == 4  # it does learn
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_passes_are_summed_in_fp32(trained: dict, stage: int) -> None:
+    norms = trained["others0.0"]["norms"] | trained["others1.0"]["norms"]
+    assert norms[stage] == pytest.approx((1 + 3 * 2**-9) / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_starts_from_the_weights_to_the_last_digit(trained: dict, case: str) -> None:
+    for ours, theirs in zip(trained[f"{case}.0"]["start"].values(), network().parameters(), strict=True):
+        assert torch.equal(ours, theirs.detach())
+    assert trained[f"{case}.1"]["start"] == {}
+    assert trained[f"{case}.0"]["nothing"] == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_averaged_weights_are_in_place_inside_and_training_is_untouched(trained: dict, case: str) -> None:
+    for rank in range(2):
+        found = trained[f"{case}.{rank}"]
+        averages = [value for name, value in found["end"].items() if name.startswith("average ")]
+        for inside, average in zip(found["inside"], averages, strict=True):
+            assert torch.equal(inside, average.to(inside.dtype))
+        assert found["untouched"]
+        assert found["called"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_and_two_steps_equal_four(trained: dict, case: str) -> None:
+    for rank in range(2):
+        assert trained[f"{case}.{rank}"]["steps"] == 2
+        assert trained[f"{case}.{rank}"]["resumed"]
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_four_workers_take_up_under_another_stage_what_two_have_left(trained: dict, move: tuple[str, str]) -> None:
+    name, stage = move
+    _, _, losses = by_hand()
+    for rank in range(WORKERS):
+        found, left = trained[f"moved.{rank}"][f"{name} to {stage}"], trained[f"{name}.0"]
+        assert found["steps"] == 2
+        assert same(found["half"] | {"output": left["half"]["output"]}, left["half"])  # to the bit
+        torch.testing.assert_close(found["half"]["output"], left["half"]["output"])
+        assert found["losses"] == pytest.approx(losses[2:], rel=1e-5)
+        for key, value in left["end"].items():
+            torch.testing.assert_close(found["end"][key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_holds_the_average_for_any_reader(trained: dict, case: str) -> None:
+    run = Storage(str(trained["folder"] / case))
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    found = averaged_weights(run.folder(newest), "net", network().to("meta"))
+    for name, average in found.items():
+        assert torch.equal(average, trained[f"{case}.0"]["half"][f"average {name}"])
+    assert len({file.name.split("/")[1] for file in run.list()}) == 1  # the older one is gone
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_refused_step_changes_nothing_on_any_worker(trained: dict, case: str) -> None:
+    ours, theirs = (trained[f"{case}.{rank}"]["refused"] for rank in range(2))
     assert ours == theirs
     reasons, changed, ends = zip(*ours, strict=True)
     assert [bool(reason) for reason in reasons] == [True, False, True, True, True]
@@ -231,11 +405,6 @@ def test_a_refused_step_changes_nothing_on_any_worker(trained: dict, case: int) 
     assert "above 100 times its mean" in reasons[2]
     assert changed == (False, True, False, False, False)
     assert ends == (False, False, False, False, True)
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_bfloat16_passes_are_summed_in_fp32(trained: dict, stage: int) -> None:
-    assert trained["norms"][stage] == pytest.approx((1 + 3 * 2**-9) / 4, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -262,35 +431,3 @@ def test_the_rate_rises_stays_and_falls_to_its_share(shape: str, share: float, e
     assert rates == pytest.approx(expected, rel=1e-5)
     constant = OptimizerConfig(lr=2.0, decay_shape=shape, final_lr_share=share)  # type: ignore[arg-type]
     assert {learning_rate(constant, seen, 56 - seen + 8) for seen in steps} == {2.0}
-
-
-@pytest.mark.parametrize("case", ["1-4-float32", "2-4-float32", "1-4-bfloat16", "2-4-bfloat16"])
-def test_training_starts_from_the_weights_to_the_last_digit(trained: dict, case: str) -> None:
-    for ours, theirs in zip(trained[case]["start"].values(), network().parameters(), strict=True):
-        assert torch.equal(ours, theirs.detach())
-
-
-@pytest.mark.parametrize("case", ["1-4-float32", "2-4-float32", "1-4-bfloat16", "2-4-bfloat16"])
-def test_averaged_weights_are_in_place_inside_and_gone_after(trained: dict, case: str) -> None:
-    found = trained[case]
-    for inside, average in zip(found["inside"], found["average"].values(), strict=True):
-        rounded = average.to(torch.bfloat16).float() if "bfloat16" in case else average
-        assert torch.equal(inside, rounded)
-    for name, before in found["weights"].items():
-        assert torch.equal(before, found["again"][name])
-        assert not torch.equal(before, found["average"][name])
-
-
-@pytest.mark.parametrize("case", ["1-4-float32", "2-4-float32", "2-2-float32", "1-4-bfloat16", "2-4-bfloat16"])
-def test_two_and_two_steps_equal_four(trained: dict, case: str) -> None:
-    for name, average in trained[case]["average"].items():
-        assert torch.equal(average, trained[case]["resumed_average"][name])
-        assert torch.equal(trained[case]["weights"][name], trained[case]["resumed"][name])
-
-
-@pytest.mark.parametrize("case", ["1-4-float32", "2-4-float32", "2-2-float32", "1-4-bfloat16", "2-4-bfloat16"])
-def test_a_checkpoint_holds_the_average_for_any_reader(trained: dict, case: str) -> None:
-    found = trained[case]
-    assert found["checkpoint"].keys() == found["average"].keys()
-    for name, average in found["average"].items():
-        assert torch.equal(found["checkpoint"][name], average)

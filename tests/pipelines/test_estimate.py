@@ -1,6 +1,6 @@
 import pytest
 
-from pipelines.estimate import memory_per_worker, parameters
+from pipelines.estimate import Memory, memory_by_stage, memory_per_worker, parameters
 from pipelines.train.config import WorkersConfig
 
 
@@ -17,32 +17,57 @@ def test_presets_have_the_published_parameters(network, preset, count):
     assert parameters(network, preset) == count
 
 
-def memory(networks: dict[str, int] | None = None, **workers) -> dict[str, float]:
-    return memory_per_worker(networks or {"unet": 100}, WorkersConfig(**workers))
+N = 10**6
 
 
-def test_one_worker_holds_it_all():
-    assert sum(memory().values()) == 100 * (4 + 4 + 4 + 8 + 4)
+def memory(networks: dict[str, int] | None = None, **workers) -> Memory:
+    return memory_per_worker(networks or {"unet": N}, WorkersConfig(**workers))
+
+
+def device(networks: dict[str, int] | None = None, **workers) -> float:
+    """Bytes per parameter on the device."""
+    return sum(memory(networks, **workers).device.values()) / N
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
-def test_the_first_stage_shards_optimizer_and_average(count):
-    found = memory(count=count, zero_stage=1)
-    assert sum(found.values()) == pytest.approx(100 * (4 + 4) + 100 * (4 + 8 + 4) / count)
+def test_each_stage_shards_what_it_is_known_for(count):
+    assert device(count=count, zero_stage=0) == 4 + 4 + 8 + 4
+    assert device(count=count, zero_stage=1) == pytest.approx(4 + 4 + 4 + (4 + 8 + 4) / count)
+    assert device(count=count, zero_stage=2) == pytest.approx(4 + 4 + (4 + 4 + 8 + 4) / count)
+    assert device(count=count, zero_stage=3) == pytest.approx(4 + 4 + (4 + 4 + 8 + 4) / count)
+    half = {"count": count, "dtype": "bfloat16"}
+    assert device(zero_stage=0, **half) == 2 + 6 + 4 + 8 + 4
+    assert device(zero_stage=1, **half) == pytest.approx(2 + 6 + (4 + 8 + 4) / count)
+    assert device(zero_stage=2, **half) == pytest.approx(2 + 2 + (4 + 4 + 8 + 4) / count)
+    assert device(zero_stage=3, **half) == pytest.approx(2 + 2 + (2 + 4 + 4 + 8 + 4) / count)
 
 
-@pytest.mark.parametrize("count", [1, 2, 8])
-def test_the_second_stage_shards_gradients_too(count):
-    found = memory(count=count, zero_stage=2)
-    assert sum(found.values()) == pytest.approx(100 * 4 + 100 * (4 + 4 + 8 + 4) / count)
-
-
-def test_half_precision_halves_weights_and_gradients_only():
-    full, half = memory(), memory(dtype="bfloat16")
-    changed = {name: half[name] / full[name] for name in full if half[name] != full[name]}
-    assert changed == {"weights": 0.5, "gradients": 0.5}
+def test_what_is_offloaded_lies_in_the_host():
+    for stage, left in ((2, 2 + 2 + 4 / 4), (3, 2 + 2 + 2 / 4)):
+        found = memory(count=4, zero_stage=stage, dtype="bfloat16", offload_optimizer=True)
+        assert sum(found.device.values()) / N == pytest.approx(left)
+        assert sum(found.host.values()) / N == pytest.approx((4 + 8 + 4 + 4) / 4 + 16 / 4)
 
 
 def test_only_the_first_network_is_averaged():
-    both = memory({"vae": 100, "discriminator": 50})
-    assert sum(both.values()) == 150 * (4 + 4 + 4 + 8) + 100 * 4
+    both = memory({"vae": 2 * N, "discriminator": N}, zero_stage=0)
+    assert sum(both.device.values()) / N == 3 * (4 + 4 + 8) + 2 * 4
+
+
+def test_more_than_a_bucket_of_values_is_never_sent_or_gathered_at_a_time():
+    found = memory({"unet": 4 * 10**9}, zero_stage=3, count=8).device
+    assert (found["communication"], found["weights gathered at a time"]) == (4 * 5 * 10**8, 4 * 10**9)
+
+
+def test_every_stage_is_told_with_the_gpu_that_it_fits():
+    base = {"unet": parameters("unet", "base")}
+    told = memory_by_stage(base, WorkersConfig(count=8, dtype="bfloat16"), (0, 1, 2, 3))
+    assert {name: found.fits for name, found in told.items()} == {
+        "stage 0": 80,
+        "stage 1": 32,
+        "stage 2": 16,
+        "stage 2, offloaded": 16,
+        "stage 3": 16,
+        "stage 3, offloaded": 16,
+    }
+    assert memory_by_stage({"unet": 10**11}, WorkersConfig(), (0,))["stage 0"].fits is None

@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.storage import Storage
-from pipelines.train.launch import _check_unchanged
+from pipelines.train.launch import _check_checkpoint, _check_unchanged
 
 LPIPS = {"preset": "vgg16", "trunk": "/t", "heads": "/h"}
 
@@ -31,3 +31,25 @@ def test_data_may_lie_elsewhere_and_may_not_be_called_otherwise():
 
 def test_a_setting_that_a_newer_version_has_added_is_at_its_default():
     check({"vae": "a"}, {"vae": "a", "lpips": None})
+
+
+@pytest.mark.parametrize("name", ["count", "zero_stage", "offload_optimizer", "cpus"])
+def test_the_workers_and_their_stage_may_change(name):
+    before = {"workers": {name: 1, "dtype": "float32"}, "optimizer": {"guard": {"action": "stop"}, "lr": 1.0}}
+    now = {"workers": {name: 2, "dtype": "float32"}, "optimizer": {"guard": {"action": "skip"}, "lr": 1.0}}
+    _check_unchanged(before, now, Storage("run"))
+    with pytest.raises(ValueError, match=r"workers.dtype: 'float32' -> 'bfloat16'"):
+        _check_unchanged(before, now | {"workers": {name: 2, "dtype": "bfloat16"}}, Storage("run"))
+
+
+def test_a_run_never_starts_afresh_unnoticed(tmp_path):
+    run = Storage(str(tmp_path))
+    _check_checkpoint(run, 0)
+    with pytest.raises(ValueError, match="was trained to 80 images, and its checkpoints are gone"):
+        _check_checkpoint(run, 80)
+    files = {"unet/rank_00000.safetensors": 8}
+    run.write_json("checkpoints/checkpoint_a/progress.json", {"format": 2, "images_seen": 80, "files": files})
+    with pytest.raises(ValueError, match=r"is not whole: unet/rank_00000\.safetensors is missing"):
+        _check_checkpoint(run, 0)
+    run.write("checkpoints/checkpoint_a/unet/rank_00000.safetensors", b"12345678")
+    _check_checkpoint(run, 80)

@@ -1,0 +1,134 @@
+"""Checkpoints behind training: when they count, what is left of those that were broken off, and who waits for whom."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.checkpoints import WEIGHTS, Run, list_checkpoints, newest_checkpoint, read_progress
+from pipelines.storage import Storage
+from pipelines.train import checkpointing
+from pipelines.train.checkpointing import Checkpointer
+from pipelines.train.sharded import Part
+
+WAIT = 60  # seconds, for what never takes as long
+
+
+class Counter:
+    """An engine whose state is one number."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def snapshot(self, buffers: dict[str, torch.Tensor]) -> Part:
+        buffers.setdefault(WEIGHTS, torch.empty(1)).fill_(self.value)
+        return Part([Run("value", 0, 1)], {"value": (1,)}, buffers)
+
+    def numbers(self) -> dict:
+        return {"twice": 2 * self.value}
+
+    def load(self, shards, numbers) -> None:
+        self.value = float(shards.read(WEIGHTS, Run("value", 0, 1)))
+        assert numbers == {"twice": 2 * self.value}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path))
+
+
+def saved(run: Storage, *steps: int, keep: int = 2) -> Checkpointer:
+    checkpointer, engine = Checkpointer(run, keep), Counter()
+    for step in steps:
+        engine.value = step / 8
+        checkpointer.save({"net": engine}, step, step * 10)
+    checkpointer.finish()
+    return checkpointer
+
+
+def restored(run: Storage) -> tuple[int, float]:
+    engine = Counter()
+    return Checkpointer(run, 2).restore({"net": engine}), engine.value
+
+
+def test_the_newest_is_taken_up_and_older_ones_go(run):
+    assert restored(run) == (0, 0.0)
+    saved(run, 1, 2, 3)
+    assert [run.read_json(f"{name}/progress.json")["step"] for name in list_checkpoints(run)] == [2, 3]
+    assert len(list(Path(run.root, "checkpoints").iterdir())) == 2
+    assert restored(run) == (3, 3 / 8)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits_for_it(run, monkeypatch):
+    allowed, begun = threading.Event(), threading.Event()
+    write = checkpointing.write_shard
+
+    def slowly(*arguments):
+        begun.set()
+        assert allowed.wait(WAIT)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpointing, "write_shard", slowly)
+    checkpointer, engine = Checkpointer(run, 2), Counter()
+    checkpointer.save({"net": engine}, 1, 10)
+    assert begun.wait(WAIT)
+    engine.value = 5.0  # training goes on, and what is written is what was
+    assert newest_checkpoint(run) is None
+    second = threading.Thread(target=lambda: checkpointer.save({"net": engine}, 2, 20))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    allowed.set()
+    second.join(WAIT)
+    checkpointer.finish()
+    assert checkpointer.waited() > 0.1
+    assert checkpointer.waited() == 0.0
+    first, second_name = list_checkpoints(run)
+    values = [
+        checkpointing.Shards(run.folder(name), "net").read(WEIGHTS, Run("value", 0, 1)) for name in (first, second_name)
+    ]
+    assert [float(value) for value in values] == [0.0, 5.0]
+
+
+@pytest.mark.parametrize("broken", ["before the first file", "between files", "before the last file", "while deleting"])
+def test_whatever_moment_a_worker_dies_the_one_before_is_whole(run, broken):
+    saved(run, 1, 2)
+    first, second = list_checkpoints(run)
+    left = Path(run.root, first if broken == "while deleting" else second)
+    (left / "progress.json").unlink()
+    if broken == "before the first file":
+        (left / "net/rank_00000.safetensors").unlink()
+    elif broken == "between files":
+        (left / "net/rank_00000.safetensors").rename(left / "net/.rank_00000.safetensors.1.partial")
+    expected = 2 if broken == "while deleting" else 1
+    assert restored(run) == (expected, expected / 8)
+    assert not list(left.rglob("*.*"))  # and what was left is gone
+    read_progress(run.folder(newest_checkpoint(run)))
+
+
+def test_what_cannot_be_written_is_told_and_the_one_before_stays(run, monkeypatch):
+    saved(run, 1)
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpointing, "write_shard", full)
+    with pytest.raises(RuntimeError, match=r"could not be written: worker 0: OSError: no space left"):
+        saved(run, 2)
+    assert restored(run) == (1, 1 / 8)
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused_and_nothing_starts_afresh(run):
+    saved(run, 1, 2)
+    Path(run.root, list_checkpoints(run)[-1], "net/rank_00000.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is not whole: net/rank_00000.safetensors is missing"):
+        restored(run)

@@ -145,7 +145,7 @@ def _tell(run: Run, outcome: Outcome, seconds: float) -> None:
 def plan(job: PreprocessJob) -> None:
     """Print what would be done."""
     for source in job.all_sources:
-        print(f"{source.name}: {_describe_source(survey(source, job.storage), job.storage)} in {source.path}")
+        print(f"{source.name}: {_describe_source(survey(source, job.storage), job.storage)}, {source.path}")
     table = bucket_table(job.buckets)
     print(f"buckets: {len(table)}, from {table[0][0]} x {table[0][1]} to {table[-1][0]} x {table[-1][1]} (h x w)")
     for kind, folder in (("index", job.index), ("latents", job.latents)):
@@ -165,11 +165,11 @@ def plan(job: PreprocessJob) -> None:
 def _describe_source(found: Survey, options: StorageOptions) -> str:
     """What there is, as far as it shows before containers are read."""
     if found.kind == "folder":
-        return f"{list_inputs([found], options).num_rows} images"
+        return f"folder of {list_inputs([found], options).num_rows} images"
     from pipelines.estimate import readable
 
-    size = sum(container.size for container in found.containers)
-    return f"{len(found.containers)} files ({found.kind}), {readable(size)},"
+    count, size = len(found.containers), sum(container.size for container in found.containers)
+    return f"{found.kind} of {count} file{'s' * (count != 1)}, {readable(size)}"
 
 
 def _describe(manifest: Manifest) -> str:

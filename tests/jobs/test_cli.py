@@ -73,10 +73,21 @@ def test_a_dry_run_prints_the_settings_and_the_plan_and_leaves_nothing(folder, c
     assert settings["encode"]["batch"] == 3
     assert settings["source"]["path"] == str(folder / "images")
     plan = printed[end:]
-    assert f"source: 3 images in {folder}/images" in plan
+    assert f"source: folder of 3 images, {folder}/images" in plan
     assert "buckets: 2, from 16 x 48 to 32 x 32 (h x w)" in plan
     assert f"index: nothing yet, in {folder}/out/index" in plan
     assert f"latents: nothing yet, in {folder}/out/latents" in plan
+
+
+def test_a_dry_run_says_what_sources_hold_without_reading_them(folder, capsys):
+    Path("tars").mkdir()
+    Path("tars/0.tar").write_bytes(bytes(10_240))
+    several = 'sources=[{name="own", path="images"}, {name="web", path="tars"}]'
+    Path("job.toml").write_text(Path("job.toml").read_text().replace('source.path = "images"', several))
+    assert ended("job.toml", "--dry-run") == 0
+    plan = capsys.readouterr().out
+    assert f"own: folder of 3 images, {folder}/images" in plan
+    assert f"web: webdataset of 1 file, 10.0 KiB, {folder}/tars" in plan
 
 
 def test_a_dry_run_of_pictures_prints_how_many_and_how_large(folder, capsys):

@@ -355,6 +355,12 @@ def test_a_folder_that_is_no_source_says_why(tmp_path, files, kind, error, words
         inputs(source(tmp_path, kind=kind, name="photos"))
 
 
+def test_a_file_of_another_kind_is_no_source(tmp_path):
+    (tmp_path / "photos.zip").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"photos\.zip: is a file; a folder, a \.tar or a \.parquet file was expected"):
+        survey(source(tmp_path / "photos.zip"), OPTIONS)
+
+
 def test_an_empty_container_is_no_source(tmp_path):
     write_tar(tmp_path / "a.tar", [("readme.md", b"x")])
     with pytest.raises(FileNotFoundError, match=r"no image in a\.tar"):

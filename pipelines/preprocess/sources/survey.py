@@ -60,7 +60,10 @@ def survey(config: SourceConfig, options: StorageOptions) -> Survey:
     Raises FileNotFoundError where there is nothing of its kind, ValueError where the kind is in doubt.
     """
     storage, single = source_folder(config.path, options)
-    files = storage.list_table()
+    try:
+        files = storage.list_table()
+    except NotADirectoryError as error:
+        raise ValueError(f"{where_is(config)}: is a file; a folder, a .tar or a .parquet file was expected") from error
     if single is not None:
         files = files.filter(pc.equal(files.column("name"), single))
     kind = _kind(config, files.column("name"), single)

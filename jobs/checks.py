@@ -4,8 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from model.config import TEXT_PRESETS, DenoiserLossConfig, DiffusionConfig, TimestepBias, UNetConfig
-from pipelines.config import DEFAULT_SCORE, SamplingConfig, SourceConfig, TextWeightsConfig, all_sources
+from model.config import (
+    LPIPS_PRESETS,
+    TEXT_PRESETS,
+    UNET_PRESETS,
+    VAE_PRESETS,
+    Conditioning,
+    DenoiserLossConfig,
+    DiffusionConfig,
+    TimestepBias,
+    UNetConfig,
+)
+from pipelines.config import (
+    DEFAULT_SCORE,
+    LPIPSWeightsConfig,
+    SamplingConfig,
+    SourceConfig,
+    TextWeightsConfig,
+    all_sources,
+)
+from pipelines.evaluate.config import OVERLAPS_PER_TILE, GenerateConfig
 from pipelines.preprocess.config import ScoreLimits
 
 
@@ -96,3 +114,54 @@ def check_fits_text(key: str, unet: UNetConfig, text: TextWeightsConfig) -> None
             f"{key}: reads text of {unet.context_offset} + {unet.context_dim} channels, pooled {unet.pooled_dim}, "
             f"and the text encoders {text.preset!r} give {config.context_dim}, pooled {config.pooled_dim}"
         )
+
+
+def check_lpips(key: str, lpips: LPIPSWeightsConfig) -> None:
+    """The preset exists, and pickles are asked for where they are named."""
+    check_preset(f"{key}.preset", lpips.preset, LPIPS_PRESETS)
+    for name in ("trunk", "heads"):
+        path = getattr(lpips, name)
+        if not path.endswith(".safetensors") and not lpips.allow_pickle:
+            raise ValueError(
+                f"{key}.{name}: {path!r} is no .safetensors file; set {key}.allow_pickle to take a pickle's tensors"
+            )
+
+
+def check_generate(key: str, config: GenerateConfig) -> None:
+    """The networks fit each other and the prompts' size, and their weights are named."""
+    check_preset(f"{key}.vae.preset", config.vae.preset, VAE_PRESETS)
+    check_text(f"{key}.text", config.text)
+    down = VAE_PRESETS[config.vae.preset].downsample
+    for name, weights in (("base", config.base), ("refiner", config.refiner)):
+        if weights is None:
+            continue
+        check_preset(f"{key}.{name}.preset", weights.preset, UNET_PRESETS)
+        unet = UNET_PRESETS[weights.preset]
+        check_fits_text(f"{key}.{name}.preset", unet, config.text)
+        condition = Conditioning.TARGET_SIZE if name == "base" else Conditioning.AESTHETIC_SCORE
+        if condition not in unet.conditioning:
+            raise ValueError(
+                f"{key}.{name}.preset: {weights.preset!r} is not conditioned on {condition}, as the {name} is"
+            )
+        for side in config.prompts.size:
+            if side % (down * unet.downsample) and config.prompts.index is None:
+                raise ValueError(
+                    f"{key}.prompts.size: {side} is not a multiple of {down * unet.downsample}, "
+                    f"the reduction of VAE and {name}"
+                )
+    if config.decode_tile is not None and config.decode_tile % (OVERLAPS_PER_TILE * down):
+        raise ValueError(
+            f"{key}.decode_tile: {config.decode_tile} is not a multiple of {OVERLAPS_PER_TILE * down}, so that "
+            "a quarter of it is one of the VAE's reduction"
+        )
+    prompts = config.prompts
+    named = [bool(prompts.texts), *(p is not None for p in (prompts.file, prompts.parquet, prompts.index))]
+    if sum(named) != 1:
+        raise ValueError(f"{key}.prompts: give exactly one of texts, file, parquet and index")
+    diffusion = config.diffusion or DiffusionConfig()
+    check_sampling(f"{key}.sampling", config.sampling, diffusion)
+    if config.sampling.refiner == "ensemble" and config.sampling.handover == diffusion.num_timesteps:
+        raise ValueError(f"{key}.sampling.handover: {config.sampling.handover} leaves no timestep to the base")
+    for name, weights in (("base", config.base), ("refiner", config.refiner), ("vae", config.vae)):
+        if weights is not None and weights.path is None:
+            raise ValueError(f"{key}.{name}.path: is missing; pictures need trained weights")

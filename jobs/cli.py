@@ -195,7 +195,7 @@ def _make_absolute(values: dict[str, Any]) -> None:
                 if isinstance(item, dict):
                     _make_absolute(item)
         elif isinstance(value, str) and "://" not in value:
-            name_or_path = key in ("clip_l", "bigg") and os.path.exists(value)
+            name_or_path = key in ("clip_l", "bigg", "weights") and os.path.exists(value)
             if key in PATHS or name_or_path:
                 values[key] = os.path.abspath(value)
 

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from jobs.checks import (
     check_denoiser_loss,
     check_fits_text,
+    check_generate,
+    check_lpips,
     check_preset,
     check_sampling,
     check_scores,
@@ -19,7 +21,7 @@ from jobs.checks import (
 )
 from model.config import (
     DISCRIMINATOR_PRESETS,
-    LPIPS_PRESETS,
+    SSIM_WINDOW,
     TEXT_PRESETS,
     UNET_PRESETS,
     VAE_PRESETS,
@@ -38,7 +40,7 @@ from pipelines.config import (
     WeightsConfig,
     all_sources,
 )
-from pipelines.evaluate.config import OVERLAPS_PER_TILE, GenerateConfig
+from pipelines.evaluate.config import EvaluateConfig, GenerateConfig, ReconstructConfig
 from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig
 from pipelines.storage import StorageOptions
 from pipelines.train.config import (
@@ -209,14 +211,7 @@ class TrainVAEJob(TrainingJob):
             if not 0 <= getattr(loss, name) < float("inf"):
                 raise ValueError(f"task.loss.{name}: {getattr(loss, name)} is negative or not finite")
         if lpips is not None:
-            check_preset("task.lpips.preset", lpips.preset, LPIPS_PRESETS)
-            for name in ("trunk", "heads"):
-                path = getattr(lpips, name)
-                if not path.endswith(".safetensors") and not lpips.allow_pickle:
-                    raise ValueError(
-                        f"task.lpips.{name}: {path!r} is no .safetensors file; set task.lpips.allow_pickle to take the "
-                        "tensors of a pickle"
-                    )
+            check_lpips("task.lpips", lpips)
         return self
 
 
@@ -269,44 +264,57 @@ class GenerateJob(Job):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        config = self.generate
-        check_preset("generate.vae.preset", config.vae.preset, VAE_PRESETS)
-        check_text("generate.text", config.text)
-        down = VAE_PRESETS[config.vae.preset].downsample
-        for name, weights in (("base", config.base), ("refiner", config.refiner)):
-            if weights is None:
-                continue
-            check_preset(f"generate.{name}.preset", weights.preset, UNET_PRESETS)
-            unet = UNET_PRESETS[weights.preset]
-            check_fits_text(f"generate.{name}.preset", unet, config.text)
-            condition = Conditioning.TARGET_SIZE if name == "base" else Conditioning.AESTHETIC_SCORE
-            if condition not in unet.conditioning:
-                raise ValueError(
-                    f"generate.{name}.preset: {weights.preset!r} is not conditioned on {condition}, as the {name} is"
-                )
-            for side in config.prompts.size:
-                if side % (down * unet.downsample) and config.prompts.index is None:
-                    raise ValueError(
-                        f"generate.prompts.size: {side} is not a multiple of {down * unet.downsample}, "
-                        f"the reduction of VAE and {name}"
-                    )
-        if config.decode_tile is not None and config.decode_tile % (OVERLAPS_PER_TILE * down):
-            raise ValueError(
-                f"generate.decode_tile: {config.decode_tile} is not a multiple of {OVERLAPS_PER_TILE * down}, so that "
-                "a quarter of it is one of the VAE's reduction"
-            )
-        prompts = config.prompts
-        named = [bool(prompts.texts), *(p is not None for p in (prompts.file, prompts.parquet, prompts.index))]
-        if sum(named) != 1:
-            raise ValueError("generate.prompts: give exactly one of texts, file, parquet and index")
-        diffusion = config.diffusion or DiffusionConfig()
-        check_sampling("generate.sampling", config.sampling, diffusion)
-        if config.sampling.refiner == "ensemble" and config.sampling.handover == diffusion.num_timesteps:
-            raise ValueError(f"generate.sampling.handover: {config.sampling.handover} leaves no timestep to the base")
-        for name, weights in (("base", config.base), ("refiner", config.refiner), ("vae", config.vae)):
-            if weights is not None and weights.path is None:
-                raise ValueError(f"generate.{name}.path: is missing; pictures need trained weights")
+        check_generate("generate", self.generate)
         return self
+
+
+class EvaluateJob(Job):
+    """Measure a trained network, or each checkpoint of a run as it appears."""
+
+    output: str
+    """Folder of the figures and of what was made for them; the same command on it measures what is missing."""
+    evaluate: EvaluateConfig
+    """What is measured, and how."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        config = self.evaluate
+        needed, other = ("reconstruct", "generate") if config.network == "vae" else ("generate", "reconstruct")
+        if getattr(config, needed) is None or getattr(config, other) is not None:
+            raise ValueError(f"evaluate.{needed}: the {config.network} is measured by it, and by no evaluate.{other}")
+        check_sources("evaluate.", config.source, config.sources)
+        if config.lpips is not None:
+            check_lpips("evaluate.lpips", config.lpips)
+        for name, resources in (("resources", config.resources), ("generate.resources", config.generate)):
+            pool = resources.resources if isinstance(resources, GenerateConfig) else resources
+            if pool is not None and pool.workers[0] > pool.workers[1]:
+                raise ValueError(f"evaluate.{name}.workers: at least {pool.workers[0]} and at most {pool.workers[1]}")
+        if config.generate is not None:
+            self._check_pictures(config.generate)
+        if config.reconstruct is not None:
+            self._check_vae(config.reconstruct)
+        if config.weights.path == self.output:
+            raise ValueError(f"output: {self.output} is the folder of what is measured; choose another")
+        return self
+
+    def _check_pictures(self, generate: GenerateConfig) -> None:
+        check_generate("evaluate.generate", generate)
+        if generate.prompts.index is None:
+            raise ValueError("evaluate.generate.prompts.index: is missing; pictures are compared with its images")
+        if self.evaluate.network == "refiner" and generate.refiner is None:
+            raise ValueError("evaluate.generate.refiner: is missing, and is what is measured")
+        if self.evaluate.inception is None and self.evaluate.clip is None:
+            raise ValueError("evaluate: name the weights of inception, of clip, or of both")
+
+    def _check_vae(self, reconstruct: ReconstructConfig) -> None:
+        check_preset("evaluate.reconstruct.vae.preset", reconstruct.vae.preset, VAE_PRESETS)
+        if reconstruct.vae.path is None:
+            raise ValueError("evaluate.reconstruct.vae.path: is missing, and is what is measured")
+        down = VAE_PRESETS[reconstruct.vae.preset].downsample
+        if any(side % down or side < SSIM_WINDOW for side in reconstruct.size):
+            raise ValueError(
+                f"evaluate.reconstruct.size: {reconstruct.size} has no multiples of {down} from {SSIM_WINDOW} on"
+            )
 
 
 class ExportJob(Job):

@@ -405,3 +405,6 @@ LPIPS_PRESETS: Mapping[str, LPIPSConfig] = {
     "vgg16": LPIPSConfig(),
     "tiny": LPIPSConfig(channels=(4, 8, 8), convolutions=(1, 1, 1)),
 }
+
+SSIM_WINDOW = 11
+"""Side of the structural similarity's Gaussian window, and the least of an image, pixels (Wang et al. 2004, 3.2)."""

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.config import SSIM_WINDOW
+
 LEAST_ERROR = 1e-10  # equal images are at 100 dB, and a mean over many stays finite
-WINDOW, DEVIATION = 11, 1.5  # pixels, of the Gaussian window (Wang et al. 2004, 3.2)
+DEVIATION = 1.5  # pixels, of the Gaussian window (Wang et al. 2004, 3.2)
 C1, C2 = 0.01**2, 0.03**2  # keep the quotients from dividing by zero, for values in [0, 1] (likewise)
 
 
@@ -26,8 +28,8 @@ def ssim(image: Tensor, other: Tensor) -> Tensor:
     The mean over colours and over all places where the window of 11 x 11 pixels lies inside the image. Raises
     ValueError for smaller images.
     """
-    if min(image.shape[2:]) < WINDOW:
-        raise ValueError(f"images {tuple(image.shape)}: sides must have {WINDOW} pixels or more")
+    if min(image.shape[2:]) < SSIM_WINDOW:
+        raise ValueError(f"images {tuple(image.shape)}: sides must have {SSIM_WINDOW} pixels or more")
     x, y = _unit(image), _unit(other)
     mean_x, mean_y = _window(x), _window(y)  # [B,3,H-10,W-10]
     variance_x = _window(x * x) - mean_x.square()
@@ -101,7 +103,7 @@ def _unit(image: Tensor) -> Tensor:
 
 def _window(image: Tensor) -> Tensor:
     """Gaussian-weighted means [B,C,H-10,W-10] of the windows of an image [B,C,H,W]."""
-    place = torch.arange(WINDOW, dtype=image.dtype, device=image.device) - WINDOW // 2
+    place = torch.arange(SSIM_WINDOW, dtype=image.dtype, device=image.device) - SSIM_WINDOW // 2
     weights = torch.exp(-place.square() / (2 * DEVIATION**2))
     weights = weights / weights.sum()
     channels = image.shape[1]

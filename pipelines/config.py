@@ -183,7 +183,7 @@ class LPIPSWeightsConfig:
 
 
 EXPERIMENTS: Mapping[str, str] = {
-    stage: f"sdxl-{stage}" for stage in ("index", "latents", "vae", "base", "refiner", "generate")
+    stage: f"sdxl-{stage}" for stage in ("index", "latents", "vae", "base", "refiner", "generate", "evaluate")
 }
 """MLflow experiment of each stage."""
 

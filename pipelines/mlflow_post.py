@@ -97,7 +97,8 @@ class Post:
                 client.log_batch(run_id, metrics=new[start : start + METRICS_PER_CALL])
             self._last = max(self._last, points[-1]["step"])
             return len(points)
-        if first.kind == "image" and not (data["step"] <= self._asked and self._has_image(run_id, data)):
+        old = first.kind == "image" and (data["step"] <= self._asked or data.get("again", False))
+        if first.kind == "image" and not (old and self._has_image(run_id, data)):
             picture = Image.open(io.BytesIO(first.blob or b""))
             place = {"key": data["key"], "step": data["step"], "timestamp": data["time"]}
             client.log_image(run_id, picture, **place, synchronous=True)

@@ -96,6 +96,19 @@ def closing(run: Run) -> Iterator[None]:
         run.close(status)
 
 
+@contextmanager
+def joined(ticket: Ticket) -> Iterator[Run]:
+    """A run that another process opens and closes, for the block to tell things, beside it or after its end."""
+    run = Run(ticket)
+    run.outbox.load()
+    try:
+        yield run
+    finally:
+        run.keep()
+        run.outbox.flush(END_SECONDS)
+        run.end()
+
+
 def send_left(uri: str, output: Storage) -> None:
     """Send what earlier runs on the same output have left unsent; what cannot be sent now either stays."""
     files: dict[str, str] = {}
@@ -135,6 +148,17 @@ class Run:
     def numbers(self, numbers: Mapping[str, float]) -> None:
         """Numbers that the run ends with."""
         self._tell("numbers", numbers={name: float(value) for name, value in numbers.items()})
+
+    def evaluation(self, images_seen: int, numbers: Mapping[str, float], png: bytes, time_ms: int) -> None:
+        """Figures and a picture of a state of the network, measured at `time_ms`: told again, they are the same points.
+
+        They stand at the state's images_seen among the training's curves, and are without the CLOCK, which says where
+        the curves of a resumed run go on.
+        """
+        at = {"step": images_seen, "time": time_ms}
+        self.outbox.add(Entry(kind="image", data=at | {"key": "evaluation", "again": True}, blob=png, picture=True))
+        values = {f"evaluation/{name}": float(value) for name, value in numbers.items()}
+        self.outbox.add(Entry(kind="numbers", data=at | {"numbers": values}))
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Words that a person can search for."""

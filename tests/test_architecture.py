@@ -9,6 +9,7 @@ import pytest
 from jobs.cli import load
 from jobs.config import (
     DemoJob,
+    EvaluateJob,
     ExportJob,
     GenerateJob,
     PlanJob,
@@ -28,6 +29,7 @@ JOBS = {  # by the beginning of the file's name
     "train_base": TrainBaseJob,
     "train_refiner": TrainRefinerJob,
     "generate": GenerateJob,
+    "evaluate": EvaluateJob,
     "export": ExportJob,
     "demo": DemoJob,
     "plan": PlanJob,

@@ -6,7 +6,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from model.config import DiffusionConfig
-from pipelines.config import Amount, Count, SamplingConfig, Size, StageResources, TextWeightsConfig, WeightsConfig
+from pipelines.config import (
+    Amount,
+    Count,
+    LPIPSWeightsConfig,
+    Positive,
+    SamplingConfig,
+    Share,
+    Size,
+    SourceConfig,
+    StageResources,
+    TextWeightsConfig,
+    WeightsConfig,
+)
 
 OVERLAPS_PER_TILE = 4  # neighbouring tiles of a decoded picture share this part of their side
 
@@ -43,6 +55,8 @@ class PromptsConfig:
     """An index: the captions of kept images, each at its image's bucket and original size."""
     count: Count | None = None
     """How many of them, from the first; None takes all."""
+    validation_share: Share = 0.0
+    """Of an index, the images alone that training with this batch.validation_share has not seen; 0 takes all."""
     per_prompt: Count = 1
     """Pictures of each prompt, with seeds that count up from its own."""
     negative: str | None = None
@@ -108,6 +122,75 @@ class CLIPConfig:
 
     model: str
     """open_clip's name, such as "ViT-L-14" ("ViT-L-14-quickgelu" for a file of OpenAI's weights), or "local-dir:FOLDER"
-    for a folder with open_clip_config.json and weights."""
+    for a folder, by its absolute path, with open_clip_config.json and weights."""
     weights: str | None = None
     """open_clip's tag, such as "openai", which is downloaded, or a file, local or s3://; None with "local-dir:"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """The images that a VAE is measured on, by the protocol of SDXL's Table 3: 256 x 256 pixels."""
+
+    vae: WeightsConfig
+    """The VAE."""
+    index: str
+    """The index that keeps the images."""
+    count: Count | None = None
+    """How many of them, from the first by path; None takes all. The paper takes the 5,000 of COCO 2017's validation."""
+    validation_share: Share = 0.0
+    """The images alone that training with this batch.validation_share has not seen; 0 takes all."""
+    size: Size = (256, 256)
+    """(height, width) that images are brought to: the shorter side fits, and the middle is cut out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured, against which images, and with which networks."""
+
+    network: Literal["base", "refiner", "vae"]
+    """The network that is measured: that of generate.base, generate.refiner or reconstruct.vae. Its path is a training
+    run's folder, a checkpoint in it, a weights file or a diffusers folder; figures of a run join its MLflow run."""
+    watch: bool = False
+    """Measure each checkpoint of the run as it appears, until the run is finished, instead of the newest one."""
+    poll_seconds: Positive = 30.0
+    """Time between two looks for a checkpoint."""
+    source: SourceConfig | None = None
+    """The images that the index describes."""
+    sources: tuple[SourceConfig, ...] = ()
+    """In place of `source`, several."""
+    generate: GenerateConfig | None = None
+    """For base and refiner: how pictures are made. The prompts are an index's captions, and its images are what the
+    FID compares with, each cut to its bucket from the middle."""
+    reconstruct: ReconstructConfig | None = None
+    """For the VAE: the images."""
+    inception: InceptionConfig | None = None
+    """The network of the FID; None leaves it out."""
+    clip: CLIPConfig | None = None
+    """The model of the CLIP score; None leaves it out."""
+    lpips: LPIPSWeightsConfig | None = None
+    """The network of the VAE's LPIPS; None leaves it out."""
+    batch: Count = 16
+    """Images that are measured in one pass."""
+    shown: Amount = 16
+    """Pictures in the grid on the MLflow page, from the first."""
+    resources: StageResources = field(default_factory=StageResources)
+    """One process that measures; pictures are made by generate.resources."""
+
+    @property
+    def weights(self) -> WeightsConfig:
+        """The network that is measured."""
+        if self.network == "vae":
+            assert self.reconstruct is not None
+            return self.reconstruct.vae
+        assert self.generate is not None
+        weights = self.generate.base if self.network == "base" else self.generate.refiner
+        assert weights is not None
+        return weights
+
+    @property
+    def index(self) -> str:
+        """The index whose images it is measured on."""
+        part = self.generate.prompts if self.generate is not None else self.reconstruct
+        assert part is not None
+        assert part.index is not None
+        return part.index

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 
 from pipelines.config import Size
 from pipelines.evaluate.config import PromptsConfig
+from pipelines.heldout import is_held_out
 from pipelines.schema import Column, digest, kept_rows, require_manifest
 from pipelines.storage import Storage, StorageOptions
 
@@ -72,9 +74,7 @@ def _prompts(config: PromptsConfig, options: StorageOptions) -> Iterator[Prompt]
     )
     if config.index is not None:
         index = Storage(config.index, options)
-        rows = kept_rows(index, require_manifest(index, "index"))
-        rows = rows.sort_by([(Column.SOURCE, "ascending"), (Column.PATH, "ascending")])
-        for row in rows.slice(0, config.count).to_pylist():
+        for row in index_rows(index, config.count, config.validation_share):
             yield replace(
                 shared,
                 text=row[Column.CAPTION],
@@ -87,6 +87,16 @@ def _prompts(config: PromptsConfig, options: StorageOptions) -> Iterator[Prompt]
     else:
         texts = config.texts if config.file is None else _lines(config.file, options)
         yield from (replace(shared, text=text) for text in texts[: config.count])
+
+
+def index_rows(index: Storage, count: int | None, validation_share: float) -> list[dict[str, Any]]:
+    """The first `count` kept rows of an index by source and path; with a share, of those that training holds out."""
+    rows = kept_rows(index, require_manifest(index, "index"))
+    rows = rows.sort_by([(Column.SOURCE, "ascending"), (Column.PATH, "ascending")])
+    if validation_share:
+        ids = rows.column(Column.ID).to_pylist()
+        rows = rows.filter(pa.array([is_held_out(image_id, validation_share) for image_id in ids], pa.bool_()))
+    return rows.slice(0, count).to_pylist()
 
 
 def _table_prompts(config: PromptsConfig, shared: Prompt, options: StorageOptions) -> Iterator[Prompt]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import SUBMITTED, JobError, load
-from jobs.config import DemoJob, GenerateJob, PreprocessJob, TrainBaseJob, TrainRefinerJob, TrainVAEJob
+from jobs.config import DemoJob, EvaluateJob, GenerateJob, PreprocessJob, TrainBaseJob, TrainRefinerJob, TrainVAEJob
 from model.config import SamplerName
 
 JOBS = {
@@ -49,6 +49,16 @@ JOBS = {
         generate.vae = {preset = "tiny", path = "out/vae"}
         generate.text = {preset = "tiny", seed = 0}
         generate.prompts = {texts = ["a cat"], size = [32, 48]}
+    """,
+    EvaluateJob: """
+        output = "out/evaluation"
+        evaluate.network = "base"
+        evaluate.source.path = "images"
+        evaluate.generate.base = {preset = "tiny-base", path = "out/base"}
+        evaluate.generate.vae = {preset = "tiny", path = "out/vae"}
+        evaluate.generate.text = {preset = "tiny", seed = 0}
+        evaluate.generate.prompts = {index = "out/index", count = 8}
+        evaluate.inception.path = "out/inception.pt"
     """,
     DemoJob: "images = 8",
 }
@@ -594,3 +604,48 @@ def test_stages_are_refused_where_they_cannot_work(make):
 
 
 OFFLOADED = "workers.offload_optimizer=true"
+
+
+def test_validation_needs_rows_that_are_held_out(make):
+    message = wrong(make, TrainBaseJob, "schedule.validation_images=16")
+    assert "schedule.validation_images" in message
+    assert "batch.validation_share is 0" in message
+    job = make(TrainBaseJob, "schedule.validation_images=16", "batch.validation_share=0.1")
+    assert job.batch.validation_share == 0.1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (['evaluate.network="vae"'], "evaluate.reconstruct"),
+        (['evaluate.network="refiner"'], "evaluate.generate.refiner"),
+        (['evaluate.generate.prompts={texts=["a cat"]}'], "evaluate.generate.prompts.index"),
+        (['evaluate.generate.base.preset="tiny-refiner"'], "evaluate.generate.base.preset"),
+        (["evaluate.resources.workers=[2, 1]"], "evaluate.resources.workers"),
+        (['evaluate.lpips={trunk="vgg.pth", heads="heads.safetensors"}'], "evaluate.lpips.trunk"),
+        (['output="out/base"'], "output"),
+        (['evaluate.reconstruct={index="index", vae={preset="tiny", path="vae"}}'], "evaluate.generate"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_made_names_what_it_lacks(make, overrides, key):
+    assert key in wrong(make, EvaluateJob, *overrides)
+
+
+def test_an_evaluation_measures_something(make):
+    text = LINE.join(line for line in toml(EvaluateJob).splitlines() if "inception" not in line)
+    with pytest.raises(JobError, match="name the weights of inception, of clip, or of both"):
+        make(EvaluateJob, text=text)
+
+
+def test_a_vae_is_measured_at_sizes_that_it_takes(make):
+    text = """
+        output = "out/evaluation"
+        evaluate.network = "vae"
+        evaluate.source.path = "images"
+        evaluate.reconstruct = {index = "out/index", vae = {preset = "tiny", path = "out/vae"}, size = [32, 34]}
+    """
+    with pytest.raises(JobError, match=r"evaluate\.reconstruct\.size: \(32, 34\)"):
+        make(EvaluateJob, text=text)
+    job = make(EvaluateJob, text=text.replace("34", "36"))
+    assert job.evaluate.reconstruct.vae.path.endswith("/out/vae")
+    assert job.evaluate.reconstruct.vae.path.startswith("/")

@@ -45,15 +45,15 @@ REMEDIES = (
         cause="disk full",
         pattern=r"No space left on device|OutOfDiskError|file_system_monitor",
         advice="Make room, or give another output, and run the same command again: what is finished stays, and "
-        "nothing half-written counts. A node also needs room for a whole checkpoint in its temporary folder "
-        "(TMPDIR).",
+        "nothing half-written counts. Where checkpoints go to s3://, a node needs room for its "
+        "workers' parts of one in its temporary folder (TMPDIR).",
     ),
     Remedy(
         cause="GPU memory full",
         pattern=r"CUDA out of memory|CUDA error: out of memory|torch\.OutOfMemoryError",
         advice="Lower batch.micro_size (the global batch stays), set workers.activation_checkpointing=true, raise "
-        "workers.zero_stage or workers.count; when encoding or generating lower encode.batch or "
-        "generate.batch. --dry-run prints memory per worker.",
+        "workers.zero_stage or workers.count, or set workers.offload_optimizer=true; when encoding or generating lower "
+        "encode.batch or generate.batch. --dry-run prints memory per worker.",
     ),
     Remedy(
         cause="memory of a node full",

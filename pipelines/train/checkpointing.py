@@ -8,6 +8,7 @@ worker dies before.
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -42,8 +43,8 @@ class Checkpointer:
         """`run` is the run's output; the newest `keep` checkpoints stay."""
         self._run, self._keep = run, keep
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self._attempt = _from_worker_0(uuid.uuid4().hex[:8])
-        self._group: Any = torch.distributed.new_group(backend="gloo", timeout=SLOWEST_WORKER)  # the thread's own
+        self._group: Any = torch.distributed.new_group(backend="gloo", timeout=SLOWEST_WORKER)  # not training's
+        self._attempt = self._from_worker_0(uuid.uuid4().hex[:8])
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._buffers: dict[str, dict[str, torch.Tensor]] = {}
@@ -54,7 +55,7 @@ class Checkpointer:
 
         Raises ValueError where a file of it is missing or short: training never starts afresh unnoticed.
         """
-        name = _from_worker_0(newest_checkpoint(self._run) if self._rank == 0 else None)
+        name = self._from_worker_0(newest_checkpoint(self._run) if self._rank == 0 else None)
         if self._rank == 0:
             self._delete_unfinished()
         if name is None:
@@ -112,10 +113,18 @@ class Checkpointer:
             for name in list_checkpoints(self._run)[: -self._keep]:
                 _delete(self._run, name)
 
+    def _from_worker_0(self, value: Any) -> Any:
+        """Worker 0's value, on all workers."""
+        values = [value]
+        torch.distributed.broadcast_object_list(values, group=self._group, device=torch.device("cpu"))
+        return values[0]
+
     def _delete_unfinished(self) -> None:
         """Delete what attempts that died left of checkpoints that are none."""
-        finished = set(list_checkpoints(self._run))
-        for name in {"/".join(file.name.split("/")[:2]) for file in self._run.list(CHECKPOINTS)} - finished:
+        folders = {
+            match[0] for file in self._run.list(CHECKPOINTS) if (match := re.match("[^/]+/[^/]+(?=/)", file.name))
+        }
+        for name in folders - set(list_checkpoints(self._run)):
             _delete(self._run, name)
 
 
@@ -124,10 +133,3 @@ def _delete(run: Storage, name: str) -> None:
     if run.exists(f"{name}/{PROGRESS}"):
         run.delete(f"{name}/{PROGRESS}")
     run.delete_folder(name)
-
-
-def _from_worker_0(value: Any) -> Any:
-    """Worker 0's value, on all workers."""
-    values = [value]
-    torch.distributed.broadcast_object_list(values)
-    return values[0]

@@ -109,6 +109,7 @@ def test_whatever_moment_a_worker_dies_the_one_before_is_whole(run, broken):
         (left / "net/rank_00000.safetensors").unlink()
     elif broken == "between files":
         (left / "net/rank_00000.safetensors").rename(left / "net/.rank_00000.safetensors.1.partial")
+    run.write("checkpoints/of-another.json", b"{}")
     expected = 2 if broken == "while deleting" else 1
     assert restored(run) == (expected, expected / 8)
     assert not list(left.rglob("*.*"))  # and what was left is gone

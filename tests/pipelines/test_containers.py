@@ -124,7 +124,7 @@ def test_a_tar_that_breaks_off_keeps_its_whole_samples_and_says_so(tmp_path):
     whole = (tmp_path / "a.tar").read_bytes()
     for cut in (*range(512, len(whole) - 10_240, 9_973), len(whole) - 10_240):
         (tmp_path / "a.tar").write_bytes(whole[:cut])
-        *rows, (path, _, problem) = listed(source(tmp_path, caption=""))
+        *rows, (path, _, problem) = listed(source(tmp_path))
         assert path == "a.tar"
         assert problem.endswith("and what follows is unknown") or "unexpected end" in problem
         assert [found[2] for found in rows] == [image + b"end" for image in images[: len(rows)]]
@@ -135,12 +135,16 @@ def test_a_tar_that_breaks_off_keeps_its_whole_samples_and_says_so(tmp_path):
 
 
 def test_odd_members_are_problems_of_their_own_sample(tmp_path):
-    write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.json", b"{broken"), ("2.jpg", b"y"), ("2.jpg", b"z")])
+    write_tar(
+        tmp_path / "a.tar",
+        [("1.jpg", b"x"), ("1.txt", b"words"), ("1.json", b"{broken"), ("2.jpg", b"y"), ("2.jpg", b"z")],
+    )
     with tarfile.open(tmp_path / "a.tar", "a") as tar:
         link = tarfile.TarInfo("3.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
         tar.addfile(tarfile.TarInfo("4\udcff.jpg"))
+    assert [caption for _, caption, _ in listed(source(tmp_path, caption=""))] == [None] * 4
     problems = [problem for _, _, problem in listed(source(tmp_path, caption=""))]
     assert problems[0].startswith("1.json is not JSON")
     assert problems[1:] == ["2.jpg is there twice", "3.jpg is a link or has holes", b""]
@@ -418,6 +422,34 @@ def test_from_s3_the_same_images_are_found_and_each_is_read_by_its_range(tmp_pat
         assert found.drop_columns(["key"]).equals(expected.drop_columns(["key"]))  # times differ, and so keys
         originals = Originals([remote], options)
         assert [originals.read(row) for row in found.to_pylist()] == [image for _, _, image in listed(local)]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "arrow"])
+def test_damage_anywhere_is_an_input_with_its_problem_or_columns_that_are_not_there(tmp_path, kind):
+    images, draws = contents(8, seed=5), random.Random(6)
+    if kind == "tar":
+        members = [pair for n, image in enumerate(images) for pair in sample(str(n), image[:3_000], caption="c")]
+        write_tar(tmp_path / "0.tar", members)
+    elif kind == "parquet":
+        table = pa.table({"image": [image[:9_000] for image in images], "caption": ["c"] * 8})
+        pq.write_table(table, tmp_path / "0.parquet", data_page_size=3_000, write_batch_size=2)
+    else:
+        table = pa.table({"image": [image[:3_000] for image in images], "caption": ["c"] * 8})
+        save_dataset(tmp_path / "saved", table, files=1)
+    (file,) = tmp_path.rglob(f"*.{kind}")
+    whole, refused = file.read_bytes(), []
+    for _ in range(60):
+        damaged = bytearray(whole[: draws.choice([len(whole), draws.randrange(len(whole))])])
+        for _ in range(3 * bool(damaged)):
+            near = draws.choice([draws.randrange(len(damaged)), draws.randrange(min(900, len(damaged)))])
+            damaged[draws.choice([near, len(damaged) - 1 - near])] = draws.randrange(256)
+        file.write_bytes(bytes(damaged))
+        try:
+            assert listed(source(file.parent))
+        except ValueError as error:  # the damaged byte was in a column's name, or in that of an encoding
+            refused.append(str(error))
+    assert all(message.startswith(f"{file}: ") for message in refused)
+    assert len(refused) < 10
 
 
 def test_a_failing_storage_is_not_a_damaged_file(tmp_path, monkeypatch):

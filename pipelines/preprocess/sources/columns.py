@@ -39,12 +39,11 @@ class Records:
         self._captions: list[str | None] = []
         self._numbers: dict[str, list[float | None]] = {name: [] for name in self._scores}
 
-    def add(self, row: Mapping[str, Any], where: str, numbers_are_text: bool = False) -> int:
-        """Take one; gives its number. Raises ValueError for a score that is no number, and for half a character."""
+    def add(self, row: Mapping[str, Any], where: str, numbers_are_text: bool = False) -> None:
+        """Take one. Raises ValueError for a score that is no number, and for half a character."""
         self._captions.append(_text(row.get(self._config.caption), self._config.caption, where))
         for name, column in self._scores.items():
             self._numbers[name].append(_number(row.get(column), column, where, numbers_are_text))
-        return len(self._captions) - 1
 
     def table(self) -> pa.Table:
         """The columns caption, aesthetic_score and scores, in the order in which the images were taken."""
@@ -100,7 +99,7 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType, name: str, where: str) -> 
         raise ValueError(f"{where}: {name} is of type {column.type}, and {kind} was expected")
     try:
         cast = column.cast(kind)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ValueError(f"{where}: {name} is of type {column.type}, and {kind} was expected: {error}") from error
     return cast.combine_chunks() if cast.num_chunks != 1 else cast.chunk(0)
 

@@ -129,7 +129,8 @@ class _Chunk:
                 header, length = read_struct(data)
             except (IndexError, ValueError):
                 continue
-            if length <= len(data) and header.keys() >= {KIND, UNPACKED_BYTES, PACKED_BYTES}:
+            sizes = [header.get(name, -1) for name in (KIND, UNPACKED_BYTES, PACKED_BYTES)]
+            if length <= len(data) and min(sizes) >= 0:
                 return header, offset + length
         raise OSError(f"{self.where}: no page begins at byte {offset}")
 
@@ -172,6 +173,8 @@ def _numbers(data: bytes, place: int, width: int, count: int) -> np.ndarray:
         if header & 1:
             size = run * width
             bits = np.unpackbits(np.frombuffer(data[place : place + size], np.uint8), bitorder="little")
+            if len(bits) != run * 8 * width:
+                raise OSError("a page ends within its levels")
             values = bits.reshape(run * 8, width) @ (1 << np.arange(width))
             numbers[done : done + run * 8] = values[: count - done]
             done += run * 8

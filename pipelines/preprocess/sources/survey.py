@@ -38,8 +38,8 @@ class Container:
     @property
     def listing(self) -> str:
         """Name of its list: another one for whatever would make another list."""
-        read = asdict(self.source.columns)
-        return f"{LISTINGS}/{digest([SCHEMA_VERSION, self.kind, self.name, self.stamp, read])}.parquet"
+        read = [self.source.name, asdict(self.source.columns)]
+        return f"{LISTINGS}/{digest([SCHEMA_VERSION, self.kind, self.name, self.stamp, *read])}.parquet"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _kind(config: SourceConfig, names: pa.ChunkedArray, single: str | None) -> K
     def matching(pattern: str) -> pa.ChunkedArray:
         return names.filter(pc.match_substring_regex(names, pattern, ignore_case=True))
 
-    if pc.any(pc.equal(names, STATE)).as_py():
+    if pc.any(pc.equal(names, STATE)).as_py() and len(matching(r"^[^/]*\.arrow$")):
         return "huggingface"
     if pc.any(pc.equal(names, SPLITS)).as_py():
         splits = sorted(posixpath.dirname(name) for name in matching(rf"^[^/]*/{STATE}$").to_pylist())
@@ -104,6 +104,8 @@ def _kind(config: SourceConfig, names: pa.ChunkedArray, single: str | None) -> K
 def _saved_files(config: SourceConfig, storage: Storage, names: pa.ChunkedArray) -> pa.Array:
     """The names of a saved dataset's files, which may be fewer than those that lie there."""
     state = storage.read_json(STATE)
+    if "_data_files" not in state:
+        raise ValueError(f"{where_is(config)}: {STATE} is not that of a saved dataset; it has {listed(state)}")
     if state.get("_indices_data_files"):
         raise ValueError(f"{where_is(config)}: rows are selected by indices; call flatten_indices() before saving it")
     saved = pa.array([file["filename"] for file in state["_data_files"]], pa.string())

@@ -23,6 +23,10 @@ from pipelines.storage import Storage
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "file_name")  # what an image's column may be called and not be named
 BYTES, PATH = "bytes", "path"  # fields of an image column as Hugging Face's datasets write it
+DAMAGE = (  # what readers of damaged files raise; an error of the storage is none of these
+    *(pa.ArrowInvalid, OSError, UnicodeDecodeError),
+    *(IndexError, KeyError, TypeError, MemoryError),
+)
 PLACE_FIELDS = {
     Column.OFFSET: "offset",
     Column.LENGTH: "length",
@@ -85,8 +89,11 @@ def list_parquet(source: Storage, name: str, size: int, config: SourceConfig) ->
         check_columns(schema.names, config.columns, where)
         image = image_column(schema, config.columns, where)
         table = parquet.read(columns=[*told_columns(schema.names, config.columns), *image.names])
+        table.validate(full=True)
         found = [None] * table.num_rows if image.leaf is None else list(places(parquet, file, image.leaf, where))
-    except (pa.ArrowInvalid, OSError, IndexError) as error:  # an error of the storage is none of these
+        if len(found) != table.num_rows:
+            raise OSError(f"{len(found)} images in {table.num_rows} rows")
+    except DAMAGE as error:
         return _broken(name, error)
     return _inputs(name, found, image.files(table), told(table, config.columns, where), where)
 
@@ -96,7 +103,8 @@ def list_arrow(source: Storage, name: str, size: int, config: SourceConfig) -> p
     where, data = f"{source.uri.rstrip('/')}/{name}", source.map(name)
     try:
         table = pa.ipc.open_stream(data).read_all()  # its buffers are parts of the mapped file
-    except (pa.ArrowInvalid, OSError) as error:
+        table.validate(full=True)
+    except DAMAGE as error:
         return _broken(name, error)
     image = image_column(table.schema, config.columns, where)
     found: Sequence[Place | None] = [None] * table.num_rows
@@ -153,7 +161,7 @@ def _arrow_places(chunk: pa.Array, data: pa.Buffer, where: str) -> Iterator[Plac
     begin = content.address - data.address
     if not 0 <= begin <= data.size:
         raise ValueError(f"{where}: the Arrow file is compressed; save the dataset without, or as Parquet")
-    bounds = np.frombuffer(ends, width)[values.offset : values.offset + len(values) + 1].tolist()
+    bounds = np.frombuffer(ends, width, len(values) + 1, values.offset * np.dtype(width).itemsize).tolist()
     for start, end, there in zip(bounds, bounds[1:], values.is_valid().to_pylist(), strict=False):
         yield Place(begin + start, end - start, None, 0, end - start) if there else None
 

@@ -42,7 +42,7 @@ def list_tar(source: Storage, name: str, size: int, config: SourceConfig) -> pa.
     for key, sample in samples.items():
         told = {column: None if _is_nan(value) else value for column, value in sample.told.items()}
         fields |= dict.fromkeys(told)
-        if told.get(config.columns.caption) is None and TEXT in told:
+        if config.columns.caption and told.get(config.columns.caption) is None and TEXT in told:
             told[config.columns.caption] = told[TEXT]
         image, wrong = _choose(sample, config.columns.image)
         path = f"{name}/{image[0] if image else key}"
@@ -50,7 +50,7 @@ def list_tar(source: Storage, name: str, size: int, config: SourceConfig) -> pa.
         rows.append({Column.PATH: path, PROBLEM: wrong, **(_place(name, *image[1:]) if image and not wrong else {})})
     if TEXT in fields:
         fields["caption"] = None  # the default name stands for the text beside the image too
-    if samples:
+    if samples and problem is None:  # what a part of a tar lacks may be in the rest
         check_columns(fields, config.columns, where)
         if config.columns.image is not None and config.columns.image not in (there := _suffixes(samples)):
             raise ValueError(
@@ -70,12 +70,12 @@ def _read_samples(source: Storage, name: str, size: int, samples: dict[str, Samp
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if member.offset_data + member.size > size:
+                if member.size < 0 or member.offset_data + member.size > size:
                     return f"the tar breaks off in {member.name}, and what follows is unknown"
                 _take(tar, member, samples)
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
             end = tar.offset
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # StorageError is none of these
         return f"the tar cannot be read to its end, and what follows is unknown: {error}"
     file.seek(min(end, size))
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -82,9 +82,9 @@ def decode_reduced(data: bytes, max_pixels: int, wanted: Size | None) -> tuple[I
         if scale > 1:
             image.draft(None, (image.width // scale, image.height // scale))
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much time as a resize
         profile = image.info.get("icc_profile")
-    return _to_rgb(upright, profile), scale
+    return _to_rgb(image, profile), scale
 
 
 def _scale(image: Image.Image, wanted: Size) -> int:
@@ -106,7 +106,7 @@ def _to_rgb(upright: Image.Image, profile: bytes | None) -> Image.Image:
         return Image.alpha_composite(white, layer).convert("RGB")
     if profile and upright.mode in ("RGB", "CMYK", "L"):
         return _to_srgb(upright, profile)
-    return upright.convert("RGB")
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:

@@ -80,9 +80,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def short(number: float) -> str:
     """A number as a person reads it: 1,234, then 12k, 3.4M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if number >= size:
-            unit = 1e3 if letter == "k" else size
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= max(unit, 1e4):
             return f"{number / unit:.3g}{letter}"
     return f"{number:,.0f}"
 

@@ -22,6 +22,7 @@ EXPERIMENT_KIND, TRAINING = "mlflow.experimentKind", "custom_model_development" 
 DESCRIPTION = "mlflow.note.content"
 KEY_TAG = "sdxl.key"  # by which a run is found whose id is not known yet
 FOLDER = "tracking"
+MODEL, NEWEST = "model", "newest"  # folder of a version's files; the alias ("latest" is MLflow's own)
 PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # the server's limits
 REFUSALS = (400, 409, 413, 422)  # HTTP: about what was said, not about the server or the way there
 DENIALS = (401, 403, 404)  # a mistake in the address or the password, if it is there from the start
@@ -106,13 +107,13 @@ class Post:
             _log_file(client, run_id, data["name"], first.blob or b"")
         elif first.kind == "numbers":
             client.log_batch(run_id, metrics=_metrics(data))
+        elif first.kind == "model":
+            _register(client, run_id, EXPERIMENTS[self.ticket.stage], data)
         elif first.kind == "tags":
             for name, value in data["tags"].items():
                 client.set_tag(run_id, name, value)
-        elif first.kind == "status" and data["status"] == "RUNNING":
-            client.update_run(run_id, status="RUNNING")
         elif first.kind == "status":
-            client.set_terminated(run_id, data["status"], data["time"])
+            _set_status(client, run_id, data)
         return 1
 
     def _search(self) -> str | None:
@@ -130,6 +131,7 @@ class Post:
         client, stage = self._client, self.ticket.stage
         if run_id is None:
             tags = {"stage": stage, DESCRIPTION: data["description"], KEY_TAG: self.ticket.key}
+            tags |= data.get("tags", {})  # an opening that an older version kept has none
             made = client.create_run(self._experiment(), start_time=data["time"], run_name=data["name"], tags=tags)
             run_id = str(made.info.run_id)
         params = [Param(key, str(value)) for key, value in flat(data["config"]).items()]
@@ -165,6 +167,35 @@ def _log_inputs(client: Any, run_id: str, inputs: Sequence[Mapping[str, Any]]) -
         told = {name: item[name] for name in ("name", "digest", "source", "profile")}
         tags = [InputTag(name, value) for name, value in item["tags"].items()]
         client.log_inputs(run_id, datasets=[DatasetInput(Dataset(source_type="parquet", **told), tags=tags)])
+
+
+def _set_status(client: Any, run_id: str, data: Mapping[str, Any]) -> None:
+    if data["status"] == "RUNNING":
+        client.update_run(run_id, status="RUNNING")
+    else:
+        client.set_terminated(run_id, data["status"], data["time"])
+
+
+def _register(client: Any, run_id: str, name: str, data: Mapping[str, Any]) -> None:
+    """A version of the registered model `name` for the run at this count of images, and the alias on it.
+
+    The version's files are a document that says where the weights are: they stay where the run has them.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    tags = {"weights": data["weights"], "images_seen": str(data["images_seen"])}
+    _log_file(client, run_id, f"{MODEL}/weights.json", json.dumps(tags, indent=2).encode())
+    there = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    version = next((v.version for v in there if v.tags.get("images_seen") == tags["images_seen"]), None)
+    if version is None:
+        source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL}"
+        version = client.create_model_version(name, source, run_id, tags=tags).version
+    client.set_registered_model_alias(name, NEWEST, version)
 
 
 def _log_file(client: Any, run_id: str, name: str, data: bytes) -> None:

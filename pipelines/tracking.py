@@ -29,6 +29,7 @@ from pipelines.mlflow_post import CLOCK, FOLDER, Post, Ticket
 from pipelines.outbox import PICTURE_BYTES, REFUSED, Entry, Outbox
 from pipelines.schema import Manifest
 from pipelines.storage import Storage
+from pipelines.version import code_tags
 
 LOCAL_DATABASE = "mlflow.db"
 OPEN_SECONDS, SETTLE_SECONDS = 60.0, 2.0  # longest wait for a server that neither answers nor refuses, at both ends
@@ -164,6 +165,10 @@ class Run:
         """Words that a person can search for."""
         self._tell("tags", tags=dict(tags))
 
+    def model(self, weights: str, images_seen: int) -> None:
+        """Register what the run has trained, at `weights`, as the stage's newest model."""
+        self._tell("model", weights=weights, images_seen=images_seen)
+
     @contextmanager
     def lent(self) -> Iterator[Ticket]:
         """For the block another process, given the ticket, tells the run things, and this one does not."""
@@ -276,4 +281,5 @@ def _opening(stage: str, name: str, config: Mapping[str, Any], inputs: Sequence[
         "description": stage + (f", from {read}" if read else ""),
         "config": json.loads(json.dumps(config, default=str)),
         "inputs": datasets,
+        "tags": code_tags(),
     }

@@ -163,6 +163,10 @@ def test_each_stage_has_its_run_on_the_mlflow_page(finished: Finished) -> None:
     base = client.search_runs([client.get_experiment_by_name("sdxl-base").experiment_id])[0]
     assert [item.dataset.digest for item in base.inputs.dataset_inputs] == [digest]
     assert base.data.params["optimizer.lr"] == "0.001"
+    assert len(base.data.tags["code"]) == 32
+    model = client.get_model_version_by_alias("sdxl-base", "newest")
+    assert (model.run_id, model.tags["images_seen"]) == (base.info.run_id, "32")
+    assert model.tags["weights"] == f"{finished.root}/base/weights.safetensors"
     for curve in ("loss_unet", "learning_rate_unet", "gradient_norm_unet", "images_seen"):
         steps = [point.step for point in client.get_metric_history(base.info.run_id, curve)]
         assert steps == [8, 16, 24, 32]

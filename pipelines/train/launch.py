@@ -146,6 +146,7 @@ def train(
             raise RuntimeError(f"{output.uri}: training ended and left no {WEIGHTS_FILE}")
         run["finished_images"] = schedule.images
         output.write_json(RUN, run)
+        tracked.model(f"{output.uri.rstrip('/')}/{WEIGHTS_FILE}", schedule.images)
     if run["run_id"] != tracked.ticket.run_id:  # the server answered only later
         output.write_json(RUN, run | {"run_id": tracked.ticket.run_id})
     return schedule.images - done

@@ -1,0 +1,41 @@
+"""Which code this is, for a run to remember: the commit where there is one, and what the files are in any case."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from functools import cache
+from pathlib import Path
+
+PROJECT = Path(__file__).parent.parent
+FLOORS = ("model", "pipelines", "jobs")
+GIT_SECONDS = 5.0
+
+
+@cache
+def code_tags() -> dict[str, str]:
+    """Tags of an MLflow run: "code", a digest of all source files, and git's commit, marked where files differ from it.
+
+    A job that was submitted runs in a copy of the directory, which has no history: its code is known by the digest.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for floor in FLOORS for path in (PROJECT / floor).rglob("*.py")):
+        digest.update(f"{path.relative_to(PROJECT)}\0".encode() + path.read_bytes() + b"\0")
+    tags = {"code": digest.hexdigest()[:32]}
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        changed = _git("status", "--porcelain", "--", *FLOORS)
+        tags["mlflow.source.git.commit"] = commit
+        tags["code_is_committed"] = str(changed == "").lower()
+    return tags
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the project; None where there is no git, or no history."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=GIT_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import TEXT_PRESETS, UNET_PRESETS, VAE_PRESETS, UNetConfig, VAEConfig
+from model.config import TEXT_PRESETS, UNET_PRESETS, VAE_PRESETS, TextConfig, UNetConfig, VAEConfig
+from model.layers import GroupNorm
 from model.speed import compile_blocks
 from model.unet import UNet
 from model.vae import VAE
@@ -131,15 +132,14 @@ def diffusers_vae(vae: nn.Module, config: VAEConfig) -> nn.Module:
     return theirs.eval()
 
 
-def text_sides(preset: str, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    """Ours and two transformers models over the same weights; context and pooled text of 64 or 4 prompts in one row."""
+def text_sides(config: TextConfig, prompts: int, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+    """Ours and two transformers models over the same weights; context and pooled text of each prompt in one row."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from model.config import CONTEXT_LENGTH, END_OF_TEXT, START_OF_TEXT
     from model.text import Tokens, random_text_encoders, text_states
     from model.text_weights import TEXT_MODEL, to_transformers, transformers_config
 
-    config = TEXT_PRESETS[preset]
     ours = random_text_encoders(config, 0)
     theirs = []
     for name, kind in (("clip_l", CLIPTextModel), ("bigg", CLIPTextModelWithProjection)):
@@ -151,7 +151,7 @@ def text_sides(preset: str, device: str, dtype: torch.dtype) -> dict[str, Callab
         theirs.append(model.to(device, dtype))
     ours = ours.to(device, dtype)
     torch.manual_seed(0)
-    ids = torch.full((64 if preset == "sdxl" else 4, CONTEXT_LENGTH), END_OF_TEXT)
+    ids = torch.full((prompts, CONTEXT_LENGTH), END_OF_TEXT)
     ids[:, 0], ids[:, 1:20] = START_OF_TEXT, torch.randint(0, 40_000, (len(ids), 19))
     ids = ids.to(device)
 
@@ -362,7 +362,7 @@ class Bench:
 
     def text(self, preset: str) -> None:
         """G9."""
-        sides = text_sides(preset, self.device, self.dtype)
+        sides = text_sides(TEXT_PRESETS[preset], 64 if preset == "sdxl" else 4, self.device, self.dtype)
         answers = [run() for run in sides.values()]
         same_answer(*answers, self.dtype)
         self.measure("G9 text encoders", sides, len(answers[0]))
@@ -371,10 +371,12 @@ class Bench:
         """What bf16 GroupNorm loses here to statistics that the device may round, beside rounding its result."""
         map_ = torch.randn(2, NORM_CHANNELS, 64, 64, device=self.device).add(NORM_OFFSET).bfloat16()
         exact = F.group_norm(map_.float(), 32)
-        found, rounded = ((value - exact).norm() / exact.norm() for value in (F.group_norm(map_, 32), exact.bfloat16()))
-        self.rows.append(
-            Row("GroupNorm in bf16", "torch", note=f"relative error {float(found):.1e}; rounding {float(rounded):.1e}")
-        )
+        ours = GroupNorm(32, NORM_CHANNELS).to(self.device, torch.bfloat16)
+        with torch.no_grad():
+            results = {"ours": ours(map_), "torch": F.group_norm(map_, 32), "rounding alone": exact.bfloat16()}
+        for side, value in results.items():
+            error = float((value - exact).norm() / exact.norm())
+            self.rows.append(Row("GroupNorm in bf16", side, note=f"relative error {error:.1e}"))
 
 
 def table(rows: list[Row]) -> str:

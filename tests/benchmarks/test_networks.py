@@ -15,14 +15,17 @@ import torch
 from gpu_networks import built, diffusers_unet, diffusers_vae, inputs_of, same_answer, text_sides, turns, twin
 from torch.profiler import ProfilerActivity, profile
 
-from model.config import UNET_PRESETS, VAE_PRESETS
+from model.config import TEXT_PRESETS, UNET_PRESETS, VAE_PRESETS, TextConfig
 from model.speed import compile_blocks
 from model.unet import UNet
 from model.vae import VAE
 
 ROUNDS = 5
 LATENT_SIZE, IMAGE_SIZE = (64, 64), 256
-NARROW_BASE = replace(UNET_PRESETS["base"], model_channels=128, transformer_depth=(0, 2, 4), middle_depth=4)
+NARROW_BASE = replace(UNET_PRESETS["base"], model_channels=128)  # all of the base's blocks
+TEXT = TextConfig(  # the published widths, and a fifth of the layers
+    clip_l=replace(TEXT_PRESETS["sdxl"].clip_l, layers=4), bigg=replace(TEXT_PRESETS["sdxl"].bigg, layers=6)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +103,18 @@ def test_vae() -> None:
             show(title, sides)
 
 
+def test_unet_in_bfloat16() -> None:
+    ours = built(UNet, NARROW_BASE, "cpu", torch.bfloat16)
+    _, call = diffusers_unet(ours, NARROW_BASE)
+    given = inputs_of(NARROW_BASE, 1, (32, 32), "cpu", torch.bfloat16)
+    sides = {"ours": ours, "diffusers": call}
+    with torch.no_grad():
+        same_answer(*(run(*given) for run in sides.values()), torch.bfloat16)
+    training = {name: lambda run=run: run(*given).square().mean().backward() for name, run in sides.items()}
+    show("U-Net at 32 x 32 latents forward and backward, bfloat16", training)
+
+
 def test_text_encoders() -> None:
-    sides = text_sides("tiny", "cpu", torch.float32)
+    sides = text_sides(TEXT, 4, "cpu", torch.float32)
     same_answer(*(run() for run in sides.values()), torch.float32)
-    show("text encoders, tiny", sides)
+    show("text encoders, four prompts", sides)

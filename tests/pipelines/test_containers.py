@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import tarfile
 
@@ -208,6 +209,9 @@ def test_a_table_may_name_files(tmp_path):
     (tmp_path / "b.png").write_bytes(b"other pixels")
     changed = [one != other for one, other in zip(before, inputs(config).column("key").to_pylist(), strict=True)]
     assert changed == [False, True, False, False, False, False, False]
+    os.utime(tmp_path / "meta/metadata.parquet", (1, 1))  # so that what lies elsewhere is looked at again
+    after = inputs(config).column("key").to_pylist()
+    assert [one != other for one, other in zip(before, after, strict=True)][:4] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("address", ["http://169.254.169.254/x.png", "https://example.com/x.png", "file:///etc/passwd"])

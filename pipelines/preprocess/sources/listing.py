@@ -83,15 +83,17 @@ def _list_source(found: Survey, options: StorageOptions, read: Callable[[Contain
 
 
 def _stamped(rows: pa.Table, container: Container, files: pa.Table) -> pa.Table:
-    """Listed inputs with their stamps: the container's for what lies in it, and each file's for what it names."""
+    """Listed inputs with their stamps: the container's for what lies in it, a file's own for one below the source.
+
+    Files elsewhere are not looked at before they are read. They have the container's: touching it reads them again.
+    """
     names = rows.column(Column.FILE)
-    inside = pc.or_kleene(pc.is_valid(rows.column(Column.OFFSET)), pc.is_valid(rows.column(PROBLEM)))
-    if pc.all(inside).as_py():
+    own = pc.or_(pc.is_valid(rows.column(Column.OFFSET)), pc.is_valid(rows.column(PROBLEM)))
+    own = pc.or_(own, pc.fill_null(pc.match_substring_regex(names, ABSOLUTE), False))
+    if pc.all(own).as_py():
         return _with(rows, STAMP, pa.repeat(container.stamp, rows.num_rows))
-    elsewhere = pc.match_substring_regex(names, ABSOLUTE)  # nobody looks at those before they are read
-    place = pc.index_in(names, files.column("name"))
-    known = stamps_of(files).take(place)
-    rows = _with(rows, STAMP, pc.if_else(inside, container.stamp, pc.if_else(elsewhere, "-", known)))
+    known = stamps_of(files).take(pc.index_in(names, files.column("name")))
+    rows = _with(rows, STAMP, pc.if_else(own, container.stamp, known))
     gone = pc.is_null(rows.column(STAMP))
     return _with(rows, PROBLEM, pc.if_else(gone, MISSING, rows.column(PROBLEM)))
 

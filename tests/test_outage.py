@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import os
 import shutil
 import signal
@@ -16,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
 from pipelines import tracking
 from pipelines.storage import Storage
-from pipelines.tracking import Tracker, closing, open_run, send_left
+from pipelines.tracking import Tracker, closing, joined, open_run, send_left
 from tests.conftest import free_port
 
 
@@ -155,6 +158,22 @@ def test_a_run_that_goes_on_is_the_same_run_and_its_curves_have_neither_a_gap_no
     pictures = [file.path.replace("%2B", "+") for file in client.list_artifacts(first.run_id, "images")]
     assert sorted(int(name.split("+")[2]) for name in pictures if name.endswith(".png")) == [8, 16, 24, 32]
     assert kept(tmp_path / "run") == []
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    for _ in range(2):  # an evaluation that is killed before it knows what it told tells it again
+        with joined(dataclasses.replace(run.ticket, output=Storage(str(tmp_path / "evaluation")))) as beside:
+            beside.evaluation(16, {"fid": 3.0}, buffer.getvalue(), 1_700_000_000_000)
+            beside.model("s3://bucket/vae", 32)
+    found = client.get_metric_history(first.run_id, "evaluation/fid")
+    assert [(point.step, point.value) for point in found] == [(16, 3.0)]
+    assert [point.step for point in client.get_metric_history(first.run_id, "images_seen")] == [8, 16, 24, 32]
+    pictures = [file.path for file in client.list_artifacts(first.run_id, "images") if "evaluation" in file.path]
+    assert len([name for name in pictures if name.endswith(".png")]) == 1
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+    (version,) = client.search_model_versions("name = 'sdxl-vae'")
+    assert client.get_model_version_by_alias("sdxl-vae", "newest").version == version.version
+    assert kept(tmp_path / "evaluation") == []
 
 
 def test_an_address_of_no_known_kind_is_refused_at_once(tmp_path):

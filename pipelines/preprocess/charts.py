@@ -28,7 +28,8 @@ svg {{ display: block; width: 100%; height: auto; font: 12px system-ui, "Segoe U
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px }}
 th, td {{ text-align: right; padding: 5px 0 5px 32px; border-bottom: 1px solid {RULE} }}
 th {{ font-weight: 600; color: {MUTED} }}
-th:first-child, td:first-child {{ text-align: left; padding-left: 0 }}
+.words th, .words td, th:first-child, td:first-child {{ text-align: left }}
+th:first-child, td:first-child {{ padding-left: 0 }}
 .cards {{ display: grid; grid-template-columns: repeat(6, 1fr); gap: 16px 14px }}
 .pairs {{ display: grid; grid-template-columns: repeat(3, 1fr); gap: 20px }}
 .pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: 10px; padding: 10px; background: {PALE};
@@ -71,11 +72,11 @@ def tiles(numbers: Sequence[tuple[str, str]]) -> str:
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; numbers stand to the right, the first column to the left."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> str:
+    """A table; numbers stand to the right, the first column and `words` to the left."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"
+    return f'<table class="{"words" if words else "numbers"}"><tr>{top}</tr>{body}</table>'
 
 
 def short(number: float) -> str:
@@ -119,7 +120,7 @@ def columns(
     upright: bool = False,
 ) -> str:
     """Columns side by side with a label below each that is not empty; `upright` turns labels by 90 degrees."""
-    left, top, bottom = 56, 14, 78 if upright else 44
+    left, top, bottom = 56, 14, 92 if upright else 44
     step = (WIDTH - left) / max(1, len(values))
     highest = max([*values, 1])
     scale = (height - top) / highest

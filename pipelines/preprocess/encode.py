@@ -19,7 +19,7 @@ from pipelines.config import CropConfig, Size, TextWeightsConfig, WeightsConfig
 from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, read_crop
 from pipelines.originals import Originals
 from pipelines.preprocess.config import EncodeConfig
-from pipelines.preprocess.measure import map_rows
+from pipelines.preprocess.measure import map_rows, without_place
 from pipelines.preprocess.write import FAILURE, UNIT, timed
 from pipelines.schema import PAIR, Column, latents_schema, tensor_column
 from pipelines.storage import StorageOptions
@@ -45,7 +45,7 @@ def crop_images(rows: pa.Table, originals: Originals, crop: CropConfig, max_pixe
         try:
             data = originals.read(values)
         except UNREADABLE_ERRORS as error:
-            return values | {FAILURE: f"{type(error).__name__}: {error}"}
+            return values | {FAILURE: without_place(error, originals, values[Column.SOURCE])}
         if content_id(data) != values[Column.ID]:
             return values | {FAILURE: "the file has changed since it was indexed"}
         try:

@@ -42,5 +42,5 @@ def render(manifest: Manifest, times: Mapping[str, Any]) -> str:
     if manifest.failed:
         text = "Kept images that could not be encoded. The next run tries them again."
         lines = [[name, reason] for name, reason in list(manifest.failed.items())[:SHOWN_FAILURES]]
-        parts.append(section("Not encoded", text, table(["image", "why"], lines)))
+        parts.append(section("Not encoded", text, table(["image", "why"], lines, words=True)))
     return page("Latents report", manifest.digest, [part for part in parts if part])

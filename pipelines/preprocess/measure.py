@@ -39,8 +39,7 @@ def measure(inputs: pa.Table, originals: Originals, filters: FilterConfig) -> pa
         try:
             data = originals.read(values)
         except UNREADABLE_ERRORS as error:  # any other is the storage's: the job ends, and nothing is recorded
-            root = originals.storage(values[Column.SOURCE]).root
-            detail = f"{type(error).__name__}: {error}".replace(f"{root}/", "")  # a dataset names no place
+            detail = without_place(error, originals, values[Column.SOURCE])
             return index | {Column.REJECT_REASON: Reject.UNREADABLE, Column.REJECT_DETAIL: detail[:500]}
         index[Column.ID], index[Column.FILE_SIZE] = content_id(data), len(data)
         try:
@@ -61,6 +60,11 @@ def measure(inputs: pa.Table, originals: Originals, filters: FilterConfig) -> pa
 
     measured = map_rows(row, inputs, INDEX_SCHEMA)
     return measured.drop_columns([name for name in (CAPTION_FILE, PROBLEM) if name in measured.column_names])
+
+
+def without_place(error: BaseException, originals: Originals, source: str) -> str:
+    """What went wrong with a file, in words that do not say where its source lies: a dataset names no place."""
+    return f"{type(error).__name__}: {error}".replace(f"{originals.storage(source).root}/", "")
 
 
 def _read_caption(originals: Originals, values: dict[str, Any]) -> str | None:

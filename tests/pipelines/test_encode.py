@@ -84,6 +84,7 @@ def test_an_image_that_changed_or_went_is_a_failure_and_the_others_are_not(sourc
     assert "changed since it was indexed" in first
     assert second is None
     assert "2.png" in third
+    assert source.root not in third
 
 
 def test_rows_are_encoded_as_one_image_and_one_caption_at_a_time_would_be(source, encoder):

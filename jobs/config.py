@@ -293,6 +293,8 @@ class EvaluateJob(Job):
             self._check_pictures(config.generate)
         if config.reconstruct is not None:
             self._check_vae(config.reconstruct)
+        if config.watch and (config.weights.path or "").endswith(".safetensors"):
+            raise ValueError(f"evaluate.watch: {config.weights.path} is a file, and no run's folder")
         if config.weights.path == self.output:
             raise ValueError(f"output: {self.output} is the folder of what is measured; choose another")
         return self

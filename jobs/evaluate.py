@@ -25,7 +25,8 @@ def run(job: EvaluateJob) -> None:
     from pipelines.evaluate.evaluate import evaluate
 
     config, uri = job.evaluate, tracking_uri(job.tracking)
-    _training_run(job, uri)
+    if _training_run(job, uri) is None and config.watch:
+        print(f"evaluate: waits for a training run in {config.weights.path}", flush=True)
     check_resources(job, "evaluate.resources", GPU=config.resources.gpus * config.resources.workers[0])
     if config.generate is not None:
         resources = config.generate.resources

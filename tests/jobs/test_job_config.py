@@ -624,6 +624,7 @@ def test_validation_needs_rows_that_are_held_out(make):
         (["evaluate.resources.workers=[2, 1]"], "evaluate.resources.workers"),
         (['evaluate.lpips={trunk="vgg.pth", heads="heads.safetensors"}'], "evaluate.lpips.trunk"),
         (['output="out/base"'], "output"),
+        (["evaluate.watch=true", 'evaluate.generate.base.path="base.safetensors"'], "evaluate.watch"),
         (['evaluate.reconstruct={index="index", vae={preset="tiny", path="vae"}}'], "evaluate.generate"),
     ],
 )

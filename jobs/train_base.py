@@ -18,4 +18,4 @@ def plan(job: TrainBaseJob) -> None:
 
 
 if __name__ == "__main__":
-    main(TrainBaseJob, run, plan)
+    main(TrainBaseJob, run, plan, needs_ray=False)

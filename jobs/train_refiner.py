@@ -18,4 +18,4 @@ def plan(job: TrainRefinerJob) -> None:
 
 
 if __name__ == "__main__":
-    main(TrainRefinerJob, run, plan)
+    main(TrainRefinerJob, run, plan, needs_ray=False)

@@ -18,4 +18,4 @@ def plan(job: TrainVAEJob) -> None:
 
 
 if __name__ == "__main__":
-    main(TrainVAEJob, run, plan)
+    main(TrainVAEJob, run, plan, needs_ray=False)

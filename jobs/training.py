@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from jobs.cli import check_resources, settings
+from jobs.cli import check_resources, settings, start_ray
 from jobs.config import TrainDenoiserJob, TrainingJob, TrainVAEJob
 from pipelines.schema import require_manifest
 from pipelines.storage import Storage
@@ -15,9 +15,12 @@ def train_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
     """Train, and print where the weights are."""
     from pipelines.train.launch import train
 
-    workers = job.workers
-    gpus = {"GPU": float(workers.count)} if workers.gpu else {}
-    check_resources(job, "workers", CPU=workers.count * workers.cpus, **gpus)
+    def begin() -> None:
+        start_ray(job)
+        workers = job.workers
+        gpus = {"GPU": float(workers.count)} if workers.gpu else {}
+        check_resources(job, "workers", CPU=workers.count * workers.cpus, **gpus)
+
     begun = time.perf_counter()
     images = train(
         stage=stage,
@@ -31,6 +34,7 @@ def train_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
         options=job.storage,
         output=Storage(job.output, job.storage),
         settings=settings(job),
+        begin=begin,
     )
     if images:
         print(

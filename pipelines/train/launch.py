@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,12 +71,14 @@ def train(
     options: StorageOptions,
     output: Storage,
     settings: Mapping[str, Any],
+    begin: Callable[[], None],
 ) -> int:
     """Train to schedule.images; gives how many more that is than were finished before: 0 if there is nothing to do.
 
     The same call again resumes.
 
-    `settings` is the job's resolved configuration. Raises ValueError where it differs from that of the run in
+    `settings` is the job's resolved configuration; `begin` is called when all is checked and there is something to do,
+    before the first use of Ray. Raises ValueError where `settings` differ from those of the run in
     `output`, or where the dataset was not made by the networks that it names.
     """
     before = output.read_json(RUN) if output.exists(RUN) else None
@@ -96,6 +98,7 @@ def train(
     _check_checkpoint(output, done)
     if isinstance(task, DenoiserTaskConfig):
         check_latents(task, manifest, options)
+    begin()
     if batch.validation_share and before is None:
         hold_out(output, dataset, manifest, batch.validation_share)
     same = before is not None and before["tracking_uri"] == without_secrets(uri)

@@ -1,4 +1,4 @@
-"""Half precision says when it has overflowed."""
+"""float16 says when it has overflowed."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Run = Callable[..., Tensor]
@@ -29,15 +28,16 @@ def plainly(layer: nn.Module, *inputs: Tensor) -> Tensor:
 def checkpointed(layer: nn.Module, *inputs: Tensor) -> Tensor:
     """Run a layer and keep its inputs only; the backward pass computes the rest again.
 
-    One residual block or one transformer block at a time: the peak is then the activations of one such layer.
+    One residual block or one transformer block at a time: memory then holds the inputs of all and the activations of
+    one. No layer draws, so no random state is kept.
     """
-    return checkpoint(layer, *inputs, use_reentrant=False)
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def map_format(device: torch.device) -> torch.memory_format:
-    """How maps lie in memory: channels last on a GPU, whose convolutions read that.
+    """How maps lie in memory: channels last on a GPU, whose convolutions read that; weights are best in it, too.
 
-    On a CPU torch would copy every weight into that format at every pass, which took 4% of a small batch's time.
+    Convolutions copy weights of another format at every pass, which took 4% of a small batch's time on a CPU.
     """
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
@@ -45,8 +45,8 @@ def map_format(device: torch.device) -> torch.memory_format:
 def fourier(values: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
     """Features [.., dim] of the numbers `values` [..]: cosines, then sines, at dim / 2 geometric frequencies, in fp32.
 
-    Used for timesteps and, with the same frequencies, for sizes in pixels. Source: arXiv 1706.03762, 3.5, with the
-    two halves side by side; SDXL 2.2. Raises ValueError for an odd `dim`.
+    Used for timesteps and, over the same range of frequencies, for sizes in pixels. Source: arXiv 1706.03762, 3.5, with
+    the two halves side by side; SDXL 2.2. Raises ValueError for an odd `dim`.
     """
     if dim % 2:
         raise ValueError(f"Fourier features come in pairs of cosine and sine: dim {dim} is odd")
@@ -57,35 +57,36 @@ def fourier(values: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with all weights zero: what ends a residual branch, so that the branch starts as the identity."""
+    """The layer with all its parameters zero, so that what it ends adds nothing at first."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm (arXiv 1803.08494) that computes in fp32 whatever the map's type, as the published training did.
+    """GroupNorm (arXiv 1803.08494) that computes float16 and bfloat16 maps in fp32, as the published training did.
 
-    Some kernels keep mean and deviation in the map's type: in bf16 a mean of ten deviations is then off by 2% of one.
+    Some kernels round mean and deviation to the map's type: in bf16, where the mean is ten deviations, the result then
+    shifts by 2% of one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,..] to the same, in its type and memory format."""
-        if x.dtype == torch.float32:
+        if x.dtype not in (torch.float16, torch.bfloat16):
             return super().forward(x)
-        if torch.compiler.is_compiling():  # a compiler joins the casts, and keeps what it needs, by itself
+        if torch.compiler.is_compiling():  # inductor plans what to keep by itself
             weight, bias = self.weight.float(), self.bias.float()
             return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
         return NormInFloat32.apply(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
 class NormInFloat32(torch.autograd.Function):
-    """GroupNorm of a half-precision map through a copy in fp32, which is not kept for the backward pass."""
+    """GroupNorm of a float16 or bfloat16 map through a copy in fp32, which is not kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:  # noqa: PLR0917
         """[B,C,..] to the same."""
-        batch, channels, size = len(x), x.shape[1], x[0, 0].numel()
+        batch, channels, size = len(x), x.shape[1], x.shape[2:].numel()
         ctx.sizes = batch, channels, size, groups
         result, mean, rstd = torch.native_group_norm(
             x.float(), weight.float(), bias.float(), batch, channels, size, groups, eps
@@ -94,9 +95,9 @@ class NormInFloat32(torch.autograd.Function):
         return torch.empty_like(x).copy_(result)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of map, weight and bias, each in its type."""
+        _first_order_only()
         x, weight, mean, rstd = ctx.saved_tensors
         single = torch.empty_like(x, dtype=torch.float32).copy_(gradient)  # in the map's memory format
         found = torch.ops.aten.native_group_norm_backward(
@@ -110,6 +111,12 @@ class NormInFloat32(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _first_order_only() -> None:
+    """Raise where a backward pass is to be differentiated itself: these would leave terms out without a word."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the U-Net's and the VAE's layers have first derivatives only: leave create_graph out")
 
 
 class ResBlock(nn.Module):
@@ -176,9 +183,9 @@ class Gated(torch.autograd.Function):
         return gated(halves)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """[..,C] to [..,2C]."""
+        _first_order_only()
         (halves,) = ctx.saved_tensors
         value, gate = halves.chunk(2, dim=-1)
         result = torch.empty_like(halves)
@@ -198,7 +205,7 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..,C] to [..,out_channels]."""
         halves = self.proj(x)  # [..,2 out_channels]
-        return gated(halves) if torch.compiler.is_compiling() else Gated.apply(halves)  # a compiler finds it by itself
+        return gated(halves) if torch.compiler.is_compiling() else Gated.apply(halves)  # inductor plans what to keep
 
 
 class FeedForward(nn.Module):

@@ -73,7 +73,10 @@ def levels_at(timesteps: Sequence[int], diffusion: Diffusion) -> NoiseLevels:
 
 
 def levels_of(sigmas: Sequence[float], diffusion: Diffusion) -> NoiseLevels:
-    """The levels of descending sigmas, down to 0; their timesteps lie between two of the schedule, in log sigma."""
+    """The levels of descending sigmas, down to 0; their timesteps lie between two of the schedule, in log sigma.
+
+    As in diffusers; sgm takes the nearest level of the schedule.
+    """
     schedule = diffusion.sigmas.double().cpu().log()  # [num_timesteps], ascending
     at = torch.tensor(sigmas, dtype=torch.float64).log()  # [n]
     low = (torch.searchsorted(schedule, at, right=True) - 1).clamp(0, len(schedule) - 2)  # [n]
@@ -93,7 +96,10 @@ def timesteps_leading(steps: int, num_timesteps: int = 1000, offset: int = 1) ->
 
 
 def timesteps_trailing(steps: int, num_timesteps: int = 1000) -> list[int]:
-    """`steps` descending timesteps, evenly spaced and starting at the noisiest (arXiv 2305.08891, 3.3)."""
+    """`steps` descending timesteps, evenly spaced and starting at the noisiest (arXiv 2305.08891, 3.3).
+
+    For 50 steps they are those of sgm's default.
+    """
     return [round(num_timesteps - k * num_timesteps / steps) - 1 for k in range(steps)]
 
 

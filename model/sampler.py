@@ -106,7 +106,7 @@ def ddim_step(x: Tensor, x0: Tensor, sigma: float, next_sigma: float) -> Tensor:
     """The step of DDIM without its noise (arXiv 2010.02502, eq. 12), all [B,C,h,w].
 
     In sigma form it is Euler's step, and with the noise that `ancestral_levels` gives, Euler ancestral's. It differs
-    where the signal is 0: there, all that is left of x is noise, and no part of x0 may be taken off.
+    where the signal is 0: there x holds no x0, so none is subtracted.
     """
     signal = (true_sigma(sigma) ** 2 + 1.0) ** -0.5
     noisy_latents = x / (sigma**2 + 1.0) ** 0.5
@@ -187,8 +187,7 @@ def denoiser(
     For the base, the negative condition of an empty prompt has zeros for context and pooled text and keeps the sizes;
     the refiner encodes the empty prompt. Raises ValueError for guidance without a negative condition.
 
-    Prompt and negative prompt are two passes. As one of 2B rows they would take the activations of 2B pictures, and
-    that memory is better spent on a batch twice as large, which keeps a GPU as busy.
+    Prompt and negative prompt are two passes, not one of 2B rows, which would take twice the activations.
     """
     if guidance.scale != 1.0 and negative is None:
         raise ValueError(f"guidance of {guidance.scale} needs a negative condition")

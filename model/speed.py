@@ -12,7 +12,7 @@ from model.layers import BasicTransformerBlock, ResBlock
 from model.vae import ResnetBlock
 
 BLOCKS = (ResBlock, BasicTransformerBlock, ResnetBlock)
-GRAPHS_PER_BLOCK = 16  # training and evaluation, each for a batch of one, for square and for other maps
+GRAPHS_PER_BLOCK = 16  # twice the 8 of: training or not, a batch of one or more, a square map or not
 
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> int:

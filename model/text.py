@@ -1,6 +1,6 @@
 """The two frozen text encoders of SDXL (SDXL 2.1): captions to tokens, tokens to context and pooled text.
 
-The context is the output of each tower's last but one layer, without the final norm, side by side: [CLIP-L | bigG].
+The context is the output of each tower's penultimate layer, without the final norm, side by side: [CLIP-L | bigG].
 The pooled text is bigG's last layer, normalised, at the first end of text, projected. No mask hides the padding, and
 the towers pad differently, so the pad token is a part of the model.
 
@@ -74,15 +74,15 @@ class TextEncoders(nn.Module):
     @torch.no_grad()
     def forward(self, tokens: Tokens) -> TextFeatures:
         """Context [B,T,D] and pooled text [B,P], in the weights' dtype, of tokens on the weights' device."""
-        clip_l, bigg = self.clip_l.context(tokens.clip_l), self.bigg.context(tokens.bigg)  # [B,T,Dl], [B,T,Dg]
-        pooled = self.bigg.pooled(bigg, tokens.bigg)  # [B,P]
+        clip_l, _ = self.clip_l(tokens.clip_l)  # [B,T,Dl]
+        bigg, pooled = self.bigg(tokens.bigg)  # [B,T,Dg], [B,P]
         return TextFeatures(context=torch.cat([clip_l, bigg], dim=-1), pooled=pooled)
 
 
 class TextTower(nn.Module):
     """A causal text transformer of CLIP (arXiv 2103.00020, 2.4). Its keys are those of open_clip, for both towers.
 
-    Weights are to be filled in: nothing here draws them, since a normal draw on the meta device imports a compiler.
+    Fill it before use: embeddings are zeros, since a normal draw on the meta device imports a compiler.
     """
 
     def __init__(self, config: TextTowerConfig) -> None:
@@ -94,25 +94,20 @@ class TextTower(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.zeros(width, projected)) if projected else None
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The layers."""
-        return cast(nn.ModuleList, self.transformer["resblocks"])
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B,T] to the penultimate layer's output [B,T,D], and the pooled text [B,P] of a tower that projects.
 
-    def context(self, tokens: Tensor) -> Tensor:
-        """Tokens [B,T] to the output of the last but one layer [B,T,D]. The last layer is not run for it."""
+        Without a projection the last layer is not run.
+        """
+        *blocks, last = cast(nn.ModuleList, self.transformer["resblocks"])
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # [B,T,D]
-        for block in self.blocks[:-1]:
+        for block in blocks:
             x = block(x)  # [B,T,D]
-        return x
-
-    def pooled(self, context: Tensor, tokens: Tensor) -> Tensor:
-        """What `context` gave for `tokens` [B,T], to the last layer's output at the first end of text [B,P]."""
         if self.text_projection is None:
-            raise ValueError("this tower has no text projection, so it has no pooled text")
-        ends = (tokens == END_OF_TEXT).int().argmax(dim=1)  # [B]
-        x = self.blocks[-1](context)[torch.arange(len(tokens), device=tokens.device), ends]  # [B,D]
-        return self.ln_final(x) @ self.text_projection  # [B,P]
+            return x, None
+        ends = (tokens == END_OF_TEXT).int().argmax(dim=1)  # [B], the first of each
+        end = last(x)[torch.arange(len(x), device=x.device), ends]  # [B,D]
+        return x, self.ln_final(end) @ self.text_projection  # [B,P]
 
 
 class TextBlock(nn.Module):
@@ -242,7 +237,7 @@ def _on_meta(config: TextConfig) -> TextEncoders:
 
 @lru_cache(maxsize=1)
 def open_clip_tokenizer() -> Any:
-    """CLIP's byte pairs. The module is loaded by its file, since its package imports image models for ten seconds."""
+    """CLIP's byte pairs. The module is loaded by its file: its package imports image models, for six seconds more."""
     package = importlib.util.find_spec("open_clip")
     assert package is not None
     assert package.origin is not None

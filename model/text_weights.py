@@ -101,7 +101,7 @@ def from_transformers(state: State) -> dict[str, Stored]:
             out[key] = state[key]
             continue
         layer, rest = key.removeprefix("encoder.layers.").split(".", 1)
-        module, kind = rest.rpartition(".")[::2]
+        module, _, kind = rest.rpartition(".")
         prefix = f"transformer.resblocks.{layer}"
         parts = [f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"]
         if key in parts and all(part in state for part in parts):

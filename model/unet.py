@@ -30,7 +30,8 @@ from model.layers import (
 class UNet(nn.Module):
     """Predicts the noise (or v) in `noisy_latents`, given the text tokens and the conditioning vector.
 
-    The final layer, and the last layer of every residual branch, start at zero, so a new network predicts zero.
+    The final layer starts at zero, so a new network predicts zero; so do the last layers of each residual block and
+    each spatial transformer, which start as their skip connections.
     Set `activation_checkpointing` to trade about a third more compute for memory in the backward pass.
     """
 

@@ -1,7 +1,7 @@
 """The autoencoder of SDXL (SDXL 2.4): images to latents an eighth as high and wide, and back.
 
-Its state dict has the keys of the published single files behind their prefix `first_stage_model.`. Half precision
-overflows in the published weights (activations beyond 65,504): run it in fp32 or bf16.
+Its state dict has the keys of the published single files behind their prefix `first_stage_model.`. The
+published weights overflow in float16 (activations beyond 65,504): run them in fp32 or bf16.
 
 B batch, H W image height and width, h w latent height and width, C channels of a level, Z latent channels
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.config import VAEConfig
 from model.finite import require_finite
-from model.layers import GroupNorm, Run, Upsample, checkpointed, plainly
+from model.layers import GroupNorm, Run, Upsample, checkpointed, map_format, plainly
 
 
 class VAE(nn.Module):
@@ -47,7 +47,8 @@ class VAE(nn.Module):
         side = self.config.downsample
         if image.shape[1] != 3 or image.shape[2] % side or image.shape[3] % side:
             raise ValueError(f"image {tuple(image.shape)}: expected 3 channels and sides that are multiples of {side}")
-        hidden = self.encoder(image.to(self.quant_conv.weight.dtype), self._run())  # [B,2Z,h,w]
+        image = image.to(self.quant_conv.weight.dtype, memory_format=map_format(image.device))  # [B,3,H,W]
+        hidden = self.encoder(image, self._run())  # [B,2Z,h,w]
         moments = require_finite(self.quant_conv(hidden), "the VAE's encoder")  # [B,2Z,h,w]
         mean, logvar = moments.float().chunk(2, dim=1)  # [B,Z,h,w] each
         return Posterior(mean=mean, std=torch.exp(0.5 * logvar.clamp(-30.0, 20.0)))
@@ -57,7 +58,8 @@ class VAE(nn.Module):
 
         In float16 it raises NotFiniteError, a FloatingPointError, for samples that overflow.
         """
-        latents = self.post_quant_conv(unscaled_latents.to(self.post_quant_conv.weight.dtype))  # [B,Z,h,w]
+        dtype, memory_format = self.post_quant_conv.weight.dtype, map_format(unscaled_latents.device)
+        latents = self.post_quant_conv(unscaled_latents.to(dtype, memory_format=memory_format))  # [B,Z,h,w]
         return require_finite(self.decoder(latents, self._run()), "the VAE's decoder")  # [B,3,H,W]
 
     @property
@@ -221,7 +223,7 @@ class MapAttention(nn.Module):
         """[B,C,h,w] to [B,C,h,w]."""
         normed = self.norm(x)  # [B,C,h,w]
         q, k, v = (
-            layer(normed).flatten(2).transpose(1, 2)[:, None]  # [B,1,hw,C]
+            layer(normed).flatten(2).transpose(1, 2).contiguous()[:, None]  # [B,1,hw,C]; fused attention needs it so
             for layer in (self.q, self.k, self.v)
         )
         mixed = F.scaled_dot_product_attention(q, k, v)[:, 0]  # [B,hw,C]

@@ -24,6 +24,7 @@ from model.config import (
     UNetConfig,
     VAEConfig,
 )
+from model.layers import map_format
 from model.lpips import LPIPS, load_lpips
 from model.publish import DIFFUSION, read_scheduler
 from model.text import TextEncoders, load_text_encoders, random_text_encoders
@@ -55,9 +56,11 @@ def unet(
     """The base or refiner U-Net. Raises FileNotFoundError or ValueError naming the file that does not fit."""
     preset = UNET_PRESETS[config.preset]
     if config.path is None:
-        return _seeded(lambda: UNet(preset), config.seed).to(device, dtype)
-    with unet_weights(config, options) as path:
-        return load_unet(path, preset, dtype, device, allow_pickle=config.allow_pickle)
+        network = _seeded(lambda: UNet(preset), config.seed).to(device, dtype)
+    else:
+        with unet_weights(config, options) as path:
+            network = load_unet(path, preset, dtype, device, allow_pickle=config.allow_pickle)
+    return network.to(memory_format=map_format(torch.device(device)))
 
 
 def vae(
@@ -69,9 +72,11 @@ def vae(
     """The VAE, with the scaling factor that its file says. Raises as `unet` does."""
     preset = VAE_PRESETS[config.preset]
     if config.path is None:
-        return _seeded(lambda: VAE(preset), config.seed).to(device, dtype)
-    with local_weights(config.path, "vae", options, config.allow_pickle) as path:
-        return load_vae(path, preset, dtype, device, allow_pickle=config.allow_pickle)
+        network = _seeded(lambda: VAE(preset), config.seed).to(device, dtype)
+    else:
+        with local_weights(config.path, "vae", options, config.allow_pickle) as path:
+            network = load_vae(path, preset, dtype, device, allow_pickle=config.allow_pickle)
+    return network.to(memory_format=map_format(torch.device(device)))
 
 
 def text_encoders(

@@ -100,7 +100,7 @@ class GenerateConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the U-Nets compute in."""
     decode_tile: Count | None = None
-    """Side of the tiles that pictures larger than it are decoded in, pixels; neighbours share a quarter. None decodes
+    """Side of the tiles that pictures of a larger area are decoded in, pixels; neighbours share a quarter. None decodes
     whole. It bounds the VAE's memory, and changes such a picture below what is seen (see model/tiling.py)."""
     resources: StageResources = field(default_factory=StageResources)
     """One generator process."""

@@ -178,3 +178,19 @@ def test_the_gpu_script_fills_every_row_at_tiny_size():
         assert f"| {row}" in done.stdout or row in done.stdout
     assert "| 0 graphs after the second |" in done.stdout.replace("  ", " ")
     assert "left out" not in done.stdout
+
+
+def test_second_derivatives_are_refused_and_double_precision_is_exact(randomized):
+    norm, halves = GroupNorm(4, 16), torch.randn(2, 6, requires_grad=True)
+    x = torch.randn(2, 16, 5, 3, dtype=torch.bfloat16, requires_grad=True)
+    for result, given in ((norm.bfloat16()(x), x), (Gated.apply(halves), halves)):
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            torch.autograd.grad(result.float().square().sum(), given, create_graph=True)
+    assert norm(x[:0]).shape == (0, 16, 5, 3)
+    block, given = ResBlock(CHANNELS, 64, EMBED, 8), blocks(randomized)[0]
+    block.load_state_dict(given.state_dict())
+    block = block.double()
+    exact = block(*block_inputs(block, 1, 4, 4, torch.float64))
+    rounded = block.float()(*block_inputs(block, 1, 4, 4))
+    assert exact.dtype == torch.float64
+    assert 1e-9 < float((rounded - exact).abs().max()) < 1e-4

@@ -1,10 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model.config import DISCRIMINATOR_PRESETS, VAE_PRESETS
 from model.finite import NotFiniteError
 from model.layouts import diffusers_config, to_diffusers
-from model.vae import VAE, Posterior, scale, unscale
+from model.vae import VAE, MapAttention, Posterior, scale, unscale
 from model.vae_loss import (
     PatchDiscriminator,
     adaptive_weight,
@@ -168,3 +169,18 @@ def test_adaptive_weight_equalizes_gradients_at_the_last_layer_and_is_bounded():
     assert not weight.requires_grad
     assert adaptive_weight(1e9 * nll, adversarial, layer) == 1e4
     assert adaptive_weight(nll, adversarial, layer, average=torch.zeros_like) == 0.0
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_attention_over_a_map_takes_a_fused_kernel(layout, monkeypatch):
+    taken = []
+    plain = F.scaled_dot_product_attention
+
+    def watched(*qkv):
+        taken.append(torch._fused_sdp_choice(*qkv))
+        return plain(*qkv)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    MapAttention(32, 8)(torch.randn(1, 32, 8, 12).to(memory_format=layout))
+    assert taken
+    assert torch.nn.attention.SDPBackend.MATH.value not in taken  # which makes the whole matrix of pixels by pixels

@@ -50,7 +50,7 @@ def test_credentials_that_are_missing_or_wrong(s3: S3, told, monkeypatch, wrong)
 
 
 def test_a_bucket_that_is_not_there_holds_no_image(s3: S3, told):
-    assert "s3://no-such-bucket/images: no image" in told(*on(s3, "no-such-bucket"))
+    assert "s3://no-such-bucket/images: there is no such folder, or it is empty" in told(*on(s3, "no-such-bucket"))
 
 
 def test_an_s3_server_that_is_not_there(told):

@@ -56,6 +56,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
+SHARED = {"cluster", "s3", "finished"}  # fixtures of which the suite starts one
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `-n 2` one process runs what shares the cluster or the S3 server, first; a file of the rest stays whole."""
+
+    def shares(item: pytest.Item) -> bool:
+        return not SHARED.isdisjoint(getattr(item, "fixturenames", ()))
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("cluster" if shares(item) else item.path.name))
+    items.sort(key=lambda item: not shares(item))
+
+
 def free_port() -> int:
     """A port of the loopback interface that nobody listens on now."""
     with socket.socket() as probe:

@@ -27,6 +27,8 @@ import pyarrow.compute as pc
 
 from pipelines.storage import Storage
 
+JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+ROWS_AT_A_TIME = 65_536  # that are in memory as Python values
 SCHEMA_VERSION = 3  # raised when a column changes its meaning; part of every fingerprint
 MANIFEST = "manifest.json"
 
@@ -185,10 +187,28 @@ def pair_array(table: pa.Table, name: Column) -> np.ndarray:
     return column.flatten().to_numpy().reshape(-1, 2)
 
 
+def masks_of_pairs(table: pa.Table, name: Column) -> dict[tuple[int, int], pa.Array]:
+    """Which rows have each of the pairs in a column without nulls; pairs in ascending order."""
+    pairs = pair_array(table, name).astype(np.int64)
+    codes = pairs[:, 0] << 32 | pairs[:, 1]
+    return {
+        (code >> 32, code & 0xFFFF_FFFF): pa.array(codes == code)  # sides in pixels are no negative numbers
+        for code in np.unique(codes).tolist()
+    }
+
+
 def digest(value: Any) -> str:
     """32 hex digits that stand for a JSON value: the same for equal values, on every machine."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(JSON.encode(value).encode()).hexdigest()[:32]
+
+
+def row_digests(rows: pa.Table) -> pa.ChunkedArray:
+    """The digest of each row: of its values, in the order of the columns."""
+    keys = [
+        pa.array(map(digest, zip(*(column.to_pylist() for column in batch.columns), strict=True)), pa.string())
+        for batch in rows.to_batches(ROWS_AT_A_TIME)
+    ]
+    return pa.chunked_array(keys, pa.string())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,11 +309,10 @@ def data_files(dataset: Storage, manifest: Manifest) -> list[DataFile]:
 def kept_rows(index: Storage, manifest: Manifest) -> pa.Table:
     """The index rows that are kept, with the key that their latents row has, sorted by it."""
     columns = [name for name in INDEX_SCHEMA.names if name not in INDEX_ONLY]
-    tables = [index.read_table(file.name, columns) for file in data_files(index, manifest)]
-    rows = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table().select(columns)
-    rows = rows.filter(pc.is_null(rows.column(Column.REJECT_REASON))).drop_columns([Column.REJECT_REASON])
-    identity = [Column.ID, Column.CAPTION, Column.BUCKET, Column.AESTHETIC_SCORE]
-    keys = [digest(list(row.values())) for row in rows.select(identity).to_pylist()]
-    return rows.set_column(
-        rows.schema.get_field_index(Column.KEY), INDEX_SCHEMA.field(Column.KEY), pa.array(keys, pa.string())
-    ).sort_by(Column.KEY)
+    names = [file.name for file in data_files(index, manifest)]
+    kept = [rows.filter(pc.is_null(rows.column(Column.REJECT_REASON))) for rows in index.read_tables(names, columns)]
+    rows = pa.concat_tables(kept) if kept else INDEX_SCHEMA.empty_table().select(columns)
+    rows = rows.drop_columns([Column.REJECT_REASON])
+    keys = row_digests(rows.select([Column.ID, Column.CAPTION, Column.BUCKET, Column.AESTHETIC_SCORE]))
+    place = rows.schema.get_field_index(Column.KEY)
+    return rows.set_column(place, INDEX_SCHEMA.field(Column.KEY), keys).sort_by(Column.KEY)

@@ -12,6 +12,7 @@ import os
 import uuid
 from array import array
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,7 @@ from annotated_types import Gt
 from pyarrow import fs as pafs
 
 READ_AHEAD = 2**20  # bytes of a stream
+TABLE_READERS, TABLES_AHEAD = 16, 64  # tables that are read at a time, and before they are asked for
 TEMPORARY = ".incomplete-"  # prefix of a local file that is still being written
 
 
@@ -254,6 +256,13 @@ class Storage:
         """The Parquet file `name`, or some of its columns."""
         with self.filesystem.open_input_file(self.path(name)) as file:
             return pq.ParquetFile(file).read(columns=list(columns) if columns is not None else None)
+
+    def read_tables(self, names: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """As `read_table`, of each of `names` in their order, several read at a time and few ahead."""
+        with ThreadPoolExecutor(TABLE_READERS) as pool:
+            for start in range(0, len(names), TABLES_AHEAD):
+                group = names[start : start + TABLES_AHEAD]
+                yield from pool.map(lambda name: self.read_table(name, columns), group)
 
     def write_table(self, name: str, table: pa.Table, **parquet: Any) -> int:
         """Write `table` as the Parquet file `name`, in one row group; returns its size in bytes.

@@ -7,7 +7,6 @@ more, as when half of a source is not mounted: the commit waits for a person, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -45,9 +44,9 @@ class Change:
         return max(0, self.kept_before - self.kept) / max(1, self.kept_before)
 
 
-def change_of(before: Manifest | None, known: Sequence[str], verdicts: pa.Table) -> Change:
+def change_of(before: Manifest | None, known: pa.Array | pa.ChunkedArray, verdicts: pa.Table) -> Change:
     """The change from the committed index, whose keys are `known`, to the rows with these verdicts."""
-    fresh = pc.invert(pc.is_in(verdicts.column(Column.KEY), value_set=pa.array(known, pa.string())))
+    fresh = pc.invert(pc.is_in(verdicts.column(Column.KEY), value_set=known))
     rejected = pc.is_valid(verdicts.column(Column.REJECT_REASON))
     return Change(
         new=pc.sum(fresh).as_py() or 0,

@@ -36,11 +36,13 @@ def leaders(hashes: np.ndarray, bits: int) -> np.ndarray:
     order = np.argsort(first)  # distinct hashes by their first place
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    leader = list(range(len(order)))
+    led: dict[int, int] = {}  # whom an earlier one stands for, and which; most have none
     for earlier, later in near_pairs(distinct[order], bits).tolist():
-        if leader[earlier] == earlier and leader[later] == later:
-            leader[later] = earlier
-    return first[order][np.array(leader, np.int64)[rank[inverse]]]
+        if earlier not in led and later not in led:
+            led[later] = earlier
+    leader = np.arange(len(order))
+    leader[list(led)] = list(led.values())
+    return first[order][leader[rank[inverse]]]
 
 
 def near_pairs(hashes: np.ndarray, bits: int) -> np.ndarray:

@@ -33,9 +33,11 @@ from pipelines.preprocess.sources.listing import (
 )
 from pipelines.preprocess.sources.survey import Container, survey
 from pipelines.preprocess.write import (
+    AMENDED,
     FAILURE,
     collect_garbage,
     cut,
+    keys_of,
     missing,
     select,
     stored,
@@ -52,6 +54,7 @@ from pipelines.schema import (
     data_files,
     digest,
     kept_rows,
+    masks_of_pairs,
     read_manifest,
     require_manifest,
     write_manifest,
@@ -236,12 +239,8 @@ def _folder(fingerprint: Mapping[str, Any]) -> str:
 
 def _by_bucket(rows: pa.Table, size: int) -> list[pa.Table]:
     """Units of at most `size` rows of one bucket, in a folder that is named HEIGHTxWIDTH."""
-    buckets = [tuple(bucket) for bucket in rows.column(Column.BUCKET).to_pylist()]
-    masks = {
-        f"{height}x{width}": pa.array([bucket == (height, width) for bucket in buckets])
-        for height, width in sorted(set(buckets))
-    }
-    return cut(rows, size, masks)
+    masks = masks_of_pairs(rows, Column.BUCKET)
+    return cut(rows, size, {f"{height}x{width}": mask for (height, width), mask in masks.items()})
 
 
 def _run(stages: Dataset, label: str, rows: int) -> tuple[dict[str, str], dict[str, float]]:
@@ -271,34 +270,31 @@ def _commit_index(
     """Make exactly the current inputs the index, every verdict decided over all of them."""
     dataset = held.dataset
     have = stored(dataset, folder)
-    wanted = set(inputs.column(Column.KEY).to_pylist())
-    found = [dataset.read_table(file.name, JUDGED) for file in have]
+    found = list(dataset.read_tables([file.name for file in have], JUDGED))
     everything = pa.concat_tables(found) if found else INDEX_SCHEMA.empty_table().select(JUDGED)
     everything = everything.filter(pc.is_in(everything.column(Column.KEY), value_set=inputs.column(Column.KEY)))
     verdicts = decide(_first_of_each_key(everything), filters)
     reasons = verdicts.column(Column.REJECT_REASON)
     before = read_manifest(dataset, "index")
     committed = {file.name for file in data_files(dataset, before)} if before else set()
-    known = [key for file in have if file.name in committed for key in file.keys]
+    known = keys_of(file for file in have if file.name in committed)
     change = change_of(before, known, verdicts)
     look = judge(change, alerts)
-    keys = verdicts.column(Column.KEY).to_numpy()  # sorted; a hash table of all keys for every file would be slow
+    decisions = verdicts.select(AMENDED).combine_chunks()
 
-    def decided(rows: pa.Table) -> pa.Table | None:
-        places = pa.array(np.searchsorted(keys, rows.column(Column.KEY).to_numpy()))
+    def decided(rows: pa.Table, places: np.ndarray) -> pa.Table | None:
         judged = rows
-        for name in (Column.REJECT_REASON, Column.REJECT_DETAIL):
-            new = verdicts.column(name).take(places)
+        for name, new in zip(decisions.column_names, decisions.take(pa.array(places)).columns, strict=True):
             judged = judged.set_column(rows.schema.get_field_index(name), INDEX_SCHEMA.field(name), new)
         return None if judged.equals(rows) else judged
 
-    files = select(dataset, have, wanted, decided, INDEX_COMPRESSION)
+    files = select(dataset, have, verdicts.column(Column.KEY), decided, INDEX_COMPRESSION)
     counts = {row["values"] or "kept": row["counts"] for row in pc.value_counts(reasons).to_pylist()}
     manifest = _commit(
         held,
         folder,
         [DataFile(name=name, rows=rows) for name, rows in files],
-        expected=len(wanted),
+        expected=pc.count_distinct(inputs.column(Column.KEY)).as_py(),
         kind="index",
         counts=dict(sorted(counts.items())),
         fingerprint=fingerprint,
@@ -308,10 +304,13 @@ def _commit_index(
 
 
 def _first_of_each_key(rows: pa.Table) -> pa.Table:
-    """Each key once, sorted. Files may hold one twice, when a run was killed between two plans; measured again, it is
-    the same row."""
-    _, first = np.unique(rows.column(Column.KEY).to_numpy(), return_index=True)
-    return rows.take(pa.array(first, pa.int64()))
+    """Each key once. Files may hold one twice, when a run was killed between two plans; measured again, it is the same
+    row."""
+    keys = rows.column(Column.KEY)
+    _, first = np.unique(pc.index_in(keys, value_set=pc.unique(keys)).to_numpy(), return_index=True)
+    mask = np.zeros(rows.num_rows, bool)
+    mask[first] = True
+    return rows.filter(pa.array(mask))
 
 
 def _commit_latents(
@@ -331,8 +330,7 @@ def _commit_latents(
     for weight in sorted(set(weights.values())):
         named = pa.array([name for name, given in weights.items() if given == weight], pa.string())
         rows = kept.filter(pc.is_in(kept.column(Column.SOURCE), value_set=named))
-        wanted = set(rows.column(Column.KEY).to_pylist())
-        for name, count in select(dataset, have, wanted, None, LATENTS_COMPRESSION):
+        for name, count in select(dataset, have, rows.column(Column.KEY), None, LATENTS_COMPRESSION):
             files.append(DataFile(name=name, rows=count, bucket=_bucket_of(name), weight=weight))
     counts: Counter[str] = Counter()
     for file in files:

@@ -22,7 +22,7 @@ from pipelines.config import CropConfig, Size
 from pipelines.images import content_id, read_crop
 from pipelines.latents import LatentFile
 from pipelines.originals import Originals
-from pipelines.schema import Column, DataFile, Manifest, data_files, kept_rows, pair_array
+from pipelines.schema import Column, DataFile, Manifest, data_files, kept_rows, masks_of_pairs
 from pipelines.storage import Storage
 from pipelines.train.plan import Plan
 
@@ -254,11 +254,11 @@ class ImageReader:
 def images_by_bucket(index: Storage, manifest: Manifest) -> list[tuple[DataFile, pa.Table]]:
     """The rows of the images that an index keeps, by bucket and source, in order, each as if it were a file."""
     rows = kept_rows(index, manifest)
-    sides = pair_array(rows, Column.BUCKET)
+    masks = masks_of_pairs(rows, Column.BUCKET)
     rows = rows.drop_columns([Column.CAPTION]).combine_chunks()
     groups = []
-    for height, width in np.unique(sides, axis=0).tolist():
-        members = rows.filter(pa.array((sides == (height, width)).all(1)))
+    for (height, width), mask in masks.items():
+        members = rows.filter(mask)
         for source in sorted(pc.unique(members.column(Column.SOURCE)).to_pylist()):
             images = members.filter(pc.equal(members.column(Column.SOURCE), source))
             name = f"{height}x{width}/{source}"

@@ -17,9 +17,9 @@ def test_a_change_counts_new_inputs_and_their_rejects_and_no_old_ones():
         {Column.KEY: ["a", "b", "c", "d"], Column.REJECT_REASON: ["too_small", None, "duplicate", None]}
     )
     before = Manifest(kind="index", rows=3, counts={"kept": 3}, fingerprint={}, parents={}, files="")
-    assert change_of(before, ["a", "b", "gone"], verdicts) == change(2, 1, 3, 2)
-    assert change_of(None, [], verdicts) == change(4, 2, 0, 2)
-    assert change_of(None, [], verdicts.slice(0, 0)) == change(0, 0, 0, 0)
+    assert change_of(before, pa.array(["a", "b", "gone"]), verdicts) == change(2, 1, 3, 2)
+    assert change_of(None, pa.array([], pa.string()), verdicts) == change(4, 2, 0, 2)
+    assert change_of(None, pa.array([], pa.string()), verdicts.slice(0, 0)) == change(0, 0, 0, 0)
 
 
 def test_by_default_nothing_is_asked_and_nothing_held():

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.schema import PLACE, SCORES, Column, digest
+from pipelines.schema import PLACE, SCORES, Column, row_digests
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 IMAGE_NAME = r"\.(" + "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES) + ")$"
@@ -36,7 +36,6 @@ INPUT_SCHEMA = pa.schema(
 LISTED_SCHEMA = pa.schema(  # what is known of an input before it has a key
     [field for field in INPUT_SCHEMA if field.name not in (Column.KEY, Column.SOURCE)] + [pa.field(STAMP, pa.string())]
 )
-IDENTITY_ROWS = 65_536  # rows whose identities are in memory as Python values at a time
 
 
 def keyed(rows: pa.Table, source: str) -> pa.Table:
@@ -46,12 +45,7 @@ def keyed(rows: pa.Table, source: str) -> pa.Table:
     """
     rows = rows.append_column(Column.SOURCE, pa.repeat(source, rows.num_rows))
     identity = [STAMP, *(name for name in INPUT_SCHEMA.names if name not in (Column.KEY, Column.FILE_SIZE, PROBLEM))]
-    keys = [
-        digest(list(values))
-        for batch in rows.select(identity).to_batches(IDENTITY_ROWS)
-        for values in zip(*(column.to_pylist() for column in batch.columns), strict=True)
-    ]
-    rows = rows.append_column(Column.KEY, pa.array(keys, pa.string()))
+    rows = rows.append_column(Column.KEY, row_digests(rows.select(identity)))
     return rows.select(INPUT_SCHEMA.names).cast(INPUT_SCHEMA)
 
 

@@ -1,0 +1,269 @@
+"""Ten times the rows: what listing, committing and planning take on the driver, and what a loader's worker holds.
+
+Each size runs in a process of its own (this file, as a program). Rows are made up, and written by the project's own
+writer as a run would have left them; images are named and never opened. Peaks of memory are above what the process has
+once all is imported; a step's also holds what the allocator keeps of the steps before it. Where it says read, a row is
+as large as a test's: bytes and requests of full rows are the business of test_loaders.py.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+SIZES = (100_000, 1_000_000)  # rows of the index, and of the latents that are planned
+LOADED = (10_000, 100_000)  # rows of the latents that a loader reads from
+TABLES, INDEX_FILE_ROWS, LATENTS_FILE_ROWS = 100, 1024, 64
+STEPS, GLOBAL_SIZE = 200, 64
+TENSORS = {"latent_mean": (4, 2, 2), "latent_std": (4, 2, 2), "context": (2, 4), "pooled": (4,)}  # small: rows count
+
+
+@pytest.mark.parametrize("rows", SIZES)
+def test_the_driver(rows: int, tmp_path: Path) -> None:
+    show(f"driver, {rows:,} rows", rows, run("driver", rows, tmp_path))
+
+
+@pytest.mark.parametrize("rows", LOADED)
+def test_a_loaders_worker(rows: int, tmp_path: Path) -> None:
+    show(f"worker, {rows:,} rows", rows, run("worker", rows, tmp_path))
+
+
+def run(part: str, rows: int, folder: Path) -> list[dict[str, Any]]:
+    root = Path(__file__).parent.parent.parent
+    for task in (f"make_{part}", part):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.benchmarks.test_scale", task, str(rows), str(folder)],
+            cwd=root,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(title: str, rows: int, steps: list[dict[str, Any]]) -> None:
+    print(f"\n{title:<52}{'seconds':>9}{'CPU':>9}{'peak MiB':>10}{'bytes/row':>11}")
+    for step in steps:
+        peak = step["peak"] / 2**20
+        print(
+            f"  {step['name']:<50}{step['wall']:9.2f}{step['cpu']:9.2f}{peak:10.1f}{step['peak'] / rows:11.0f}  {step['note']}"
+        )
+
+
+def memory(field: str) -> int:
+    """Bytes of this process: VmRSS, or VmHWM for the most since `forget_peak`."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+class Steps:
+    """Measures one step after another."""
+
+    def __init__(self) -> None:
+        self.base = memory("VmRSS")
+        self.found: list[dict[str, Any]] = []
+
+    def __call__(self, name: str, work: Callable[[], Any], note: Callable[[Any], str] = lambda _: "") -> Any:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = work()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        step = {"name": name, "wall": wall, "cpu": cpu, "peak": memory("VmHWM") - self.base, "note": note(result)}
+        self.found.append(step)
+        return result
+
+
+def setting(folder: Path) -> dict[str, Any]:
+    """What `build_index` is told, but for its filters."""
+    from pipelines.config import ColumnsConfig, SourceConfig, StageResources
+    from pipelines.preprocess.config import AlertConfig, BucketConfig
+
+    columns = ColumnsConfig(caption="caption")
+    return {
+        "sources": [SourceConfig(name="images", path=str(folder / "source"), kind="parquet", columns=columns)],
+        "buckets": BucketConfig(),
+        "rows_per_file": INDEX_FILE_ROWS,
+        "resources": StageResources(),
+        "alerts": AlertConfig(),
+        "begin": lambda: pytest.fail("there is nothing left to do"),
+    }
+
+
+def make_driver(rows: int, folder: Path) -> None:
+    """A source, the lists of its tables, and the files of an index and of latents: all but the commits."""
+    import pyarrow.parquet as pq
+
+    from pipelines.preprocess.bucket import assign_buckets, bucket_table
+    from pipelines.preprocess.sources.listing import list_container, list_inputs
+    from pipelines.preprocess.sources.survey import survey
+    from pipelines.preprocess.write import cut, write_units
+    from pipelines.schema import INDEX_SCHEMA, Column
+    from pipelines.storage import Storage, StorageOptions
+
+    share = rows // TABLES
+    (folder / "source").mkdir()
+    for number in range(TABLES):
+        names = [f"/images/{number * share + row:012d}.jpg" for row in range(share)]
+        captions = [f"a caption as they are found beside pictures on the web, number {name}" for name in names]
+        pq.write_table(pa.table({"image": names, "caption": captions}), folder / "source" / f"{number:05d}.parquet")
+    index, told = Storage(str(folder / "index")), setting(folder)
+    surveys = [survey(source, StorageOptions()) for source in told["sources"]]
+    for container in surveys[0].containers:
+        index.write_table(container.listing, list_container(container, StorageOptions()), compression="zstd")
+    inputs = list_inputs(surveys, StorageOptions(), lambda container: index.read_table(container.listing))
+    draws = np.random.Generator(np.random.PCG64(0))
+    sides = np.exp(draws.normal(np.log(900), 0.3, (rows, 2))).astype(np.int32)
+    made: dict[str, pa.Array | pa.ChunkedArray] = {name: inputs.column(name) for name in inputs.column_names}
+    made |= {
+        Column.ID: inputs.column(Column.KEY),
+        Column.ORIGINAL_SIZE: pa.array(list(sides), INDEX_SCHEMA.field(Column.ORIGINAL_SIZE).type),
+        Column.FILE_SIZE: pa.array(draws.integers(10_000, 900_000, rows)),
+        Column.DISTINCT_PIXELS: pa.array(np.full(rows, 256)),
+        Column.CONTRAST: pa.array(draws.uniform(10, 90, rows)),
+        Column.PERCEPTUAL_HASH: pa.array(draws.integers(0, 2**64, rows, np.uint64)),
+    }
+    table = pa.table(
+        [made.get(field.name, pa.nulls(rows)).cast(field.type) for field in INDEX_SCHEMA], schema=INDEX_SCHEMA
+    )
+    table = assign_buckets(table, bucket_table(told["buckets"]))
+    for unit in cut(table, INDEX_FILE_ROWS):
+        write_units(unit, index, "data/x", "zstd")
+
+
+def driver(rows: int, folder: Path) -> list[dict[str, Any]]:
+    from pipelines.preprocess import pipeline
+    from pipelines.preprocess.config import FilterConfig
+    from pipelines.preprocess.lease import lease
+    from pipelines.preprocess.sources.listing import list_inputs
+    from pipelines.preprocess.sources.survey import survey
+    from pipelines.preprocess.write import cut, missing, stored
+    from pipelines.schema import Column, DataFile, data_files, kept_rows, masks_of_pairs
+    from pipelines.storage import Storage, StorageOptions
+    from pipelines.train.batches import images_by_bucket
+    from pipelines.train.config import BatchConfig
+    from pipelines.train.plan import Plan
+
+    pipeline._folder = lambda fingerprint: "data/x"  # type: ignore[assignment]
+    index, latents, told = Storage(str(folder / "index")), Storage(str(folder / "latents")), setting(folder)
+    step = Steps()
+
+    def build(**filters: Any) -> Any:
+        with lease(index) as held:
+            return pipeline.build_index(held=held, filters=FilterConfig(**filters), **told).manifest
+
+    surveys = step("survey the source", lambda: [survey(source, StorageOptions()) for source in told["sources"]])
+    inputs = step(
+        "list inputs, with their keys",
+        lambda: list_inputs(surveys, StorageOptions(), lambda container: index.read_table(container.listing)),
+        lambda inputs: f"{inputs.num_rows:,}",
+    )
+    have = step("keys that are stored", lambda: stored(index, "data/x"), lambda have: f"{len(have):,} files")
+    step("what is missing", lambda: missing(inputs, have), lambda new: f"{new.num_rows:,}")
+    del inputs, have
+    step("the index job: first commit", build, lambda manifest: f"{manifest.counts['kept']:,} kept")
+    manifest = step("the index job: nothing is new", build)
+    step("the index job: another threshold", lambda: build(min_side=500), lambda made: f"{made.counts['kept']:,} kept")
+    step("the index job: near-duplicates", lambda: build(near_duplicate_bits=3), lambda made: str(dict(made.counts)))
+    kept = step("kept rows, with the keys of their latents", lambda: kept_rows(index, manifest))
+    units = step(
+        "the latents job: units of one bucket",
+        lambda: cut(
+            missing(kept, []),
+            LATENTS_FILE_ROWS,
+            {f"{height}x{width}": mask for (height, width), mask in masks_of_pairs(kept, Column.BUCKET).items()},
+        ),
+        lambda units: f"{len(units):,} units",
+    )
+    names = [unit.column("unit")[0].as_py() for unit in units]
+    files = [
+        DataFile(name=name, rows=unit.num_rows, bucket=tuple(map(int, name.split("/")[0].split("x"))))
+        for name, unit in zip(names, units, strict=True)
+    ]
+    batch = BatchConfig(global_size=2048, micro_size=16)
+    plan = step("the batch plan of latents", lambda: Plan(files, batch), lambda plan: f"{plan.steps_before(1)} steps")
+    step("its first 20 steps, and 20 at nine tenths", lambda: first_and_late(plan))
+    del kept, units, files, plan
+    step("images by bucket, as each worker of the VAE has them", lambda: images_by_bucket(index, manifest))
+    return step.found
+
+
+def first_and_late(plan: Any) -> None:
+    for start in (0, plan.steps_before(1) * 9 // 10):
+        for number in range(start, start + 20):
+            plan.step(number)
+
+
+def make_worker(rows: int, folder: Path) -> None:
+    """Latents of small tensors in files of 64 rows."""
+    from pipelines.preprocess.write import write_rows
+    from pipelines.schema import SCHEMA_VERSION, DataFile, latents_schema, tensor_column, write_manifest
+    from pipelines.storage import Storage
+
+    dataset = Storage(str(folder / "latents"))
+    buckets = [(1024, 1024), (896, 1152), (1152, 896), (832, 1216)]
+    schema = latents_schema(TENSORS["latent_mean"], TENSORS["context"], TENSORS["pooled"])
+
+    def write(number: int) -> DataFile:
+        bucket, count = buckets[number % len(buckets)], LATENTS_FILE_ROWS
+        name = f"data/x/{bucket[0]}x{bucket[1]}/{number:06d}.parquet"
+        keys = [f"{number:016x}{row:016x}" for row in range(count)]
+        values = {
+            **{name: keys for name in ("key", "id", "caption")},
+            **{name: [bucket] * count for name in ("original_size", "crop_top_left", "target_size")},
+            "flip": [False] * count,
+            "aesthetic_score": [5.0] * count,
+        }
+        arrays = [
+            tensor_column(np.full((count, *TENSORS[field.name]), number, np.float16))
+            if field.name in TENSORS
+            else pa.array(values[field.name], field.type)
+            for field in schema
+        ]
+        write_rows(pa.Table.from_arrays(arrays, schema=schema), dataset, name, "none")
+        return DataFile(name=name, rows=count, bucket=bucket)
+
+    with ThreadPoolExecutor(8) as pool:
+        files = list(pool.map(write, range(rows // LATENTS_FILE_ROWS)))
+    write_manifest(dataset, files, kind="latents", counts={}, fingerprint={"schema": SCHEMA_VERSION}, parents={})
+
+
+def worker(rows: int, folder: Path) -> list[dict[str, Any]]:
+    from itertools import islice
+
+    from pipelines.schema import require_manifest
+    from pipelines.storage import Storage
+    from pipelines.train.batches import LatentReader, Slices
+    from pipelines.train.config import BatchConfig
+    from pipelines.train.plan import Plan
+
+    dataset = Storage(str(folder / "latents"))
+    step = Steps()
+    manifest = require_manifest(dataset, "latents")
+    reader = step(
+        "open the dataset", lambda: LatentReader(dataset, manifest), lambda reader: f"{len(reader.files):,} files"
+    )
+    plan = step(
+        "the batch plan", lambda: Plan(reader.files, BatchConfig(global_size=GLOBAL_SIZE, micro_size=GLOBAL_SIZE))
+    )
+
+    def read() -> int:
+        slices = Slices(reader, plan, rank=0, world=1, step=0)
+        return sum(sum(batch.count for batch in part) for part in islice(slices, STEPS))
+
+    step(f"read {STEPS} batches of {GLOBAL_SIZE}", read, lambda count: f"{count:,} rows")
+    return step.found
+
+
+if __name__ == "__main__":
+    parts = {part.__name__: part for part in (make_driver, driver, make_worker, worker)}
+    print(json.dumps(parts[sys.argv[1]](int(sys.argv[2]), Path(sys.argv[3]))))

@@ -55,9 +55,8 @@ def show(title: str, rows: int, steps: list[dict[str, Any]]) -> None:
     print(f"\n{title:<52}{'seconds':>9}{'CPU':>9}{'peak MiB':>10}{'bytes/row':>11}")
     for step in steps:
         peak = step["peak"] / 2**20
-        print(
-            f"  {step['name']:<50}{step['wall']:9.2f}{step['cpu']:9.2f}{peak:10.1f}{step['peak'] / rows:11.0f}  {step['note']}"
-        )
+        figures = f"{step['wall']:9.2f}{step['cpu']:9.2f}{peak:10.1f}{step['peak'] / rows:11.0f}"
+        print(f"  {step['name']:<50}{figures}  {step['note']}")
 
 
 def memory(field: str) -> int:
@@ -144,57 +143,64 @@ def driver(rows: int, folder: Path) -> list[dict[str, Any]]:
     from pipelines.preprocess import pipeline
     from pipelines.preprocess.config import FilterConfig
     from pipelines.preprocess.lease import lease
-    from pipelines.preprocess.sources.listing import list_inputs
-    from pipelines.preprocess.sources.survey import survey
-    from pipelines.preprocess.write import cut, missing, stored
-    from pipelines.schema import Column, DataFile, data_files, kept_rows, masks_of_pairs
-    from pipelines.storage import Storage, StorageOptions
+    from pipelines.storage import Storage
     from pipelines.train.batches import images_by_bucket
-    from pipelines.train.config import BatchConfig
-    from pipelines.train.plan import Plan
 
     pipeline._folder = lambda fingerprint: "data/x"  # type: ignore[assignment]
-    index, latents, told = Storage(str(folder / "index")), Storage(str(folder / "latents")), setting(folder)
-    step = Steps()
+    index, told, step = Storage(str(folder / "index")), setting(folder), Steps()
 
     def build(**filters: Any) -> Any:
         with lease(index) as held:
             return pipeline.build_index(held=held, filters=FilterConfig(**filters), **told).manifest
 
+    listing(step, index, told)
+    manifest = step("the index job: first commit", build, lambda made: f"{made.counts['kept']:,} kept")
+    step("the index job: nothing is new", build)
+    step("the index job: another threshold", lambda: build(min_side=500), lambda made: f"{made.counts['kept']:,} kept")
+    step("the index job: near-duplicates", lambda: build(near_duplicate_bits=3), lambda made: str(dict(made.counts)))
+    planning(step, index, manifest)
+    step("images by bucket, as each worker of the VAE has them", lambda: images_by_bucket(index, manifest))
+    return step.found
+
+
+def listing(step: Steps, index: Any, told: dict[str, Any]) -> None:
+    from pipelines.preprocess.sources.listing import list_inputs
+    from pipelines.preprocess.sources.survey import survey
+    from pipelines.preprocess.write import missing, stored
+    from pipelines.storage import StorageOptions
+
     surveys = step("survey the source", lambda: [survey(source, StorageOptions()) for source in told["sources"]])
     inputs = step(
         "list inputs, with their keys",
         lambda: list_inputs(surveys, StorageOptions(), lambda container: index.read_table(container.listing)),
-        lambda inputs: f"{inputs.num_rows:,}",
+        lambda found: f"{found.num_rows:,}",
     )
-    have = step("keys that are stored", lambda: stored(index, "data/x"), lambda have: f"{len(have):,} files")
+    have = step("keys that are stored", lambda: stored(index, "data/x"), lambda found: f"{len(found):,} files")
     step("what is missing", lambda: missing(inputs, have), lambda new: f"{new.num_rows:,}")
-    del inputs, have
-    step("the index job: first commit", build, lambda manifest: f"{manifest.counts['kept']:,} kept")
-    manifest = step("the index job: nothing is new", build)
-    step("the index job: another threshold", lambda: build(min_side=500), lambda made: f"{made.counts['kept']:,} kept")
-    step("the index job: near-duplicates", lambda: build(near_duplicate_bits=3), lambda made: str(dict(made.counts)))
+
+
+def planning(step: Steps, index: Any, manifest: Any) -> None:
+    from pipelines.preprocess.write import cut, missing
+    from pipelines.schema import Column, DataFile, kept_rows, masks_of_pairs
+    from pipelines.train.config import BatchConfig
+    from pipelines.train.plan import Plan
+
     kept = step("kept rows, with the keys of their latents", lambda: kept_rows(index, manifest))
-    units = step(
-        "the latents job: units of one bucket",
-        lambda: cut(
-            missing(kept, []),
-            LATENTS_FILE_ROWS,
-            {f"{height}x{width}": mask for (height, width), mask in masks_of_pairs(kept, Column.BUCKET).items()},
-        ),
-        lambda units: f"{len(units):,} units",
-    )
+
+    def by_bucket() -> list[pa.Table]:
+        masks = masks_of_pairs(kept, Column.BUCKET)
+        named = {f"{height}x{width}": mask for (height, width), mask in masks.items()}
+        return cut(missing(kept, []), LATENTS_FILE_ROWS, named)
+
+    units = step("the latents job: units of one bucket", by_bucket, lambda found: f"{len(found):,} units")
     names = [unit.column("unit")[0].as_py() for unit in units]
     files = [
         DataFile(name=name, rows=unit.num_rows, bucket=tuple(map(int, name.split("/")[0].split("x"))))
         for name, unit in zip(names, units, strict=True)
     ]
     batch = BatchConfig(global_size=2048, micro_size=16)
-    plan = step("the batch plan of latents", lambda: Plan(files, batch), lambda plan: f"{plan.steps_before(1)} steps")
+    plan = step("the batch plan of latents", lambda: Plan(files, batch), lambda made: f"{made.steps_before(1)} steps")
     step("its first 20 steps, and 20 at nine tenths", lambda: first_and_late(plan))
-    del kept, units, files, plan
-    step("images by bucket, as each worker of the VAE has them", lambda: images_by_bucket(index, manifest))
-    return step.found
 
 
 def first_and_late(plan: Any) -> None:
@@ -218,8 +224,8 @@ def make_worker(rows: int, folder: Path) -> None:
         name = f"data/x/{bucket[0]}x{bucket[1]}/{number:06d}.parquet"
         keys = [f"{number:016x}{row:016x}" for row in range(count)]
         values = {
-            **{name: keys for name in ("key", "id", "caption")},
-            **{name: [bucket] * count for name in ("original_size", "crop_top_left", "target_size")},
+            **dict.fromkeys(("key", "id", "caption"), keys),
+            **dict.fromkeys(("original_size", "crop_top_left", "target_size"), [bucket] * count),
             "flip": [False] * count,
             "aesthetic_score": [5.0] * count,
         }

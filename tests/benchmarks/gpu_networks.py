@@ -176,15 +176,19 @@ def same_answer(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def turns(sides: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each side in each round, the sides in turns; one round before them warms up."""
+    """Seconds of each side in each round, the sides in turns; one round before them warms up.
+
+    On a CPU they are seconds of this process' own computing, which other programs lengthen far less than the clock's.
+    """
+    clock = time.perf_counter if device == "cuda" else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, run in sides.items():
             _wait(device)
-            begun = time.perf_counter()
+            begun = clock()
             run()
             _wait(device)
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(clock() - begun)
     return {name: values[1:] for name, values in seconds.items()}
 
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from pipelines.preprocess.config import FilterConfig, ScoreLimits
 from pipelines.preprocess.near import HASH_BITS, leaders
-from pipelines.schema import INDEX_SCHEMA, Column, Reject
+from pipelines.schema import INDEX_SCHEMA, ROWS_AT_A_TIME, Column, Reject
 
 MEASURED = (Reject.UNREADABLE, Reject.TOO_LARGE)  # reasons that measuring gives; the rest are decided here
 Finding = tuple[pa.ChunkedArray, pa.ChunkedArray]  # which rows are rejected (null: not), and in detail why
@@ -36,6 +36,12 @@ def decide(index: pa.Table, config: FilterConfig) -> pa.Table:
 
 def apply_filters(index: pa.Table, config: FilterConfig) -> pa.Table:
     """Index rows with reject_reason set by the first filter that rejects them; earlier verdicts stand."""
+    parts = [index.slice(start, ROWS_AT_A_TIME) for start in range(0, max(1, index.num_rows), ROWS_AT_A_TIME)]
+    return pa.concat_tables(_filtered(part, config) for part in parts)
+
+
+def _filtered(index: pa.Table, config: FilterConfig) -> pa.Table:
+    """The same for a few rows: a filter has a detail ready for each of them."""
     reasons, details = index.column(Column.REJECT_REASON), index.column(Column.REJECT_DETAIL)
     for check in FILTERS:
         reason, rejected, detail = check(index, config)
@@ -164,11 +170,11 @@ def mark_duplicates(rows: pa.Table) -> pa.Table:
     first = np.concatenate([[True], codes[1:] != codes[:-1]])
     origin = np.arange(rows.num_rows)  # of each row, the row that is kept for it
     origin[places[order]] = places[order][np.flatnonzero(first)[np.cumsum(first) - 1]]
-    duplicate = pa.array(origin != np.arange(rows.num_rows))
-    detail = _text(SAME_BYTES, _names(rows, origin))
+    duplicates = np.flatnonzero(origin != np.arange(rows.num_rows))
+    detail = _text(SAME_BYTES, _names(rows, duplicates, origin[duplicates]))
     standing = pa.array(~judged)
-    reasons = pc.if_else(duplicate, str(Reject.DUPLICATE), _where(standing, reasons))
-    return _with_verdicts(rows, reasons, pc.if_else(duplicate, detail, _where(standing, details)))
+    cleared = _with_verdicts(rows, _where(standing, reasons), _where(standing, details))
+    return _rejected(cleared, duplicates, Reject.DUPLICATE, detail)
 
 
 def mark_near_duplicates(rows: pa.Table, config: FilterConfig) -> pa.Table:
@@ -177,10 +183,9 @@ def mark_near_duplicates(rows: pa.Table, config: FilterConfig) -> pa.Table:
     The one with the largest area is kept, of equals the smallest (source, path); preprocess/near.py says what follows
     for others.
     """
-    reasons, details = rows.column(Column.REJECT_REASON), rows.column(Column.REJECT_DETAIL)
     if config.near_duplicate_bits is None:
         return rows
-    judged = pc.and_(pc.is_null(reasons), pc.is_valid(rows.column(Column.PERCEPTUAL_HASH)))
+    judged = pc.and_(pc.is_null(rows.column(Column.REJECT_REASON)), pc.is_valid(rows.column(Column.PERCEPTUAL_HASH)))
     places = np.flatnonzero(judged.to_numpy())
     found = rows.select([Column.SOURCE, Column.PATH, Column.KEY, Column.PERCEPTUAL_HASH]).take(places)
     height, width = (pc.cast(side, pa.int64()).take(places) for side in _sides(rows))
@@ -189,21 +194,29 @@ def mark_near_duplicates(rows: pa.Table, config: FilterConfig) -> pa.Table:
     order = pc.sort_indices(found, sort_keys=wishes).to_numpy()
     places, hashes = places[order], found.column(Column.PERCEPTUAL_HASH).to_numpy()[order]
     leader = leaders(hashes, config.near_duplicate_bits)
-    origin = np.arange(rows.num_rows)  # of each row, the row that is kept for it
-    origin[places] = places[leader]
-    differing = np.zeros(rows.num_rows, np.int64)
-    differing[places] = np.bitwise_count(hashes ^ hashes[leader])
-    near = pa.array(origin != np.arange(rows.num_rows))
-    detail = _text(pa.chunked_array([differing]), NEAR, _names(rows, origin))
-    reasons = pc.if_else(near, str(Reject.NEAR_DUPLICATE), reasons)
-    return _with_verdicts(rows, reasons, pc.if_else(near, detail, details))
+    near = np.flatnonzero(leader != np.arange(len(leader)))
+    near = near[np.argsort(places[near])]  # as the rows are
+    differing = np.bitwise_count(hashes[near] ^ hashes[leader[near]])
+    detail = _text(pa.chunked_array([differing]), NEAR, _names(rows, places[near], places[leader[near]]))
+    return _rejected(rows, places[near], Reject.NEAR_DUPLICATE, detail)
 
 
-def _names(rows: pa.Table, origin: np.ndarray) -> pa.ChunkedArray:
-    """For each row the path of the row `origin`, with its source before it where that is another."""
-    sources, taken = rows.column(Column.SOURCE), rows.select([Column.SOURCE, Column.PATH]).take(pa.array(origin))
+def _rejected(rows: pa.Table, which: np.ndarray, reason: Reject, detail: pa.ChunkedArray) -> pa.Table:
+    """Rows with a verdict on those at the places `which`, in ascending order."""
+    hit = np.zeros(rows.num_rows, bool)
+    hit[which] = True
+    number = pa.array(np.cumsum(hit) - 1, mask=~hit)
+    reasons = pc.if_else(hit, str(reason), rows.column(Column.REJECT_REASON))
+    return _with_verdicts(rows, reasons, pc.if_else(hit, detail.take(number), rows.column(Column.REJECT_DETAIL)))
+
+
+def _names(rows: pa.Table, which: np.ndarray, origin: np.ndarray) -> pa.ChunkedArray:
+    """For each of the rows `which` the path of a row of `origin`, with its source before it where that is another."""
+    taken = rows.select([Column.SOURCE, Column.PATH]).take(pa.array(origin))
     source, path = taken.column(Column.SOURCE), taken.column(Column.PATH)
-    return pc.if_else(pc.equal(source, sources), path, _text(source, ":", path))
+    return pc.if_else(
+        pc.equal(source, rows.column(Column.SOURCE).take(pa.array(which))), path, _text(source, ":", path)
+    )
 
 
 def kept_instead(detail: str) -> str:

@@ -35,6 +35,7 @@ from pipelines.preprocess.sources.survey import Container, survey
 from pipelines.preprocess.write import (
     AMENDED,
     FAILURE,
+    Stored,
     collect_garbage,
     cut,
     keys_of,
@@ -144,9 +145,11 @@ def build_index(
             )
         )
         _, seconds = _run(stages, "index", new.num_rows)
-    manifest, change, look = _commit_index(held, folder, inputs, fingerprint, filters=filters, alerts=alerts)
+    wanted, done = inputs.column(Column.KEY), new.num_rows
+    del inputs, new, units  # the keys are enough from here on, and the rest takes much memory
+    manifest, change, look = _commit_index(held, folder, wanted, fingerprint, filters=filters, alerts=alerts)
     forget_listings(surveys, dataset)
-    return Outcome(manifest=manifest, done=new.num_rows, failures={}, seconds=seconds, change=change, look=look)
+    return Outcome(manifest=manifest, done=done, failures={}, seconds=seconds, change=change, look=look)
 
 
 def build_latents(
@@ -261,19 +264,16 @@ def _run(stages: Dataset, label: str, rows: int) -> tuple[dict[str, str], dict[s
 def _commit_index(
     held: Lease,
     folder: str,
-    inputs: pa.Table,
+    wanted: pa.ChunkedArray,
     fingerprint: Mapping[str, Any],
     *,
     filters: FilterConfig,
     alerts: AlertConfig,
 ) -> tuple[Manifest, Change, str | None]:
-    """Make exactly the current inputs the index, every verdict decided over all of them."""
+    """Make exactly the inputs with the `wanted` keys the index, every verdict decided over all of them."""
     dataset = held.dataset
     have = stored(dataset, folder)
-    found = list(dataset.read_tables([file.name for file in have], JUDGED))
-    everything = pa.concat_tables(found) if found else INDEX_SCHEMA.empty_table().select(JUDGED)
-    everything = everything.filter(pc.is_in(everything.column(Column.KEY), value_set=inputs.column(Column.KEY)))
-    verdicts = decide(_first_of_each_key(everything), filters)
+    verdicts = decide(_facts(dataset, have, wanted), filters)
     reasons = verdicts.column(Column.REJECT_REASON)
     before = read_manifest(dataset, "index")
     committed = {file.name for file in data_files(dataset, before)} if before else set()
@@ -294,7 +294,7 @@ def _commit_index(
         held,
         folder,
         [DataFile(name=name, rows=rows) for name, rows in files],
-        expected=pc.count_distinct(inputs.column(Column.KEY)).as_py(),
+        expected=pc.count_distinct(wanted).as_py(),
         kind="index",
         counts=dict(sorted(counts.items())),
         fingerprint=fingerprint,
@@ -303,14 +303,20 @@ def _commit_index(
     return manifest, change, look
 
 
-def _first_of_each_key(rows: pa.Table) -> pa.Table:
-    """Each key once. Files may hold one twice, when a run was killed between two plans; measured again, it is the same
-    row."""
-    keys = rows.column(Column.KEY)
-    _, first = np.unique(pc.index_in(keys, value_set=pc.unique(keys)).to_numpy(), return_index=True)
-    mask = np.zeros(rows.num_rows, bool)
-    mask[first] = True
-    return rows.filter(pa.array(mask))
+def _facts(dataset: Storage, have: Sequence[Stored], wanted: pa.ChunkedArray) -> pa.Table:
+    """What verdicts follow from, of each wanted key once. Files may hold one twice, when a run was killed between two
+    plans; measured again, it is the same row."""
+    places = pc.fill_null(pc.index_in(keys_of(have), value_set=wanted), -1).to_numpy()
+    first = np.zeros(len(places), bool)
+    first[np.unique(places, return_index=True)[1]] = True
+    first &= places >= 0
+    ends = np.cumsum([len(file.keys) for file in have], dtype=np.int64)
+    tables = dataset.read_tables([file.name for file in have], JUDGED)
+    facts = [
+        rows if take.all() else rows.filter(pa.array(take))
+        for rows, take in zip(tables, np.split(first, ends[:-1]), strict=False)  # no file, and one part: of nothing
+    ]
+    return pa.concat_tables(facts) if facts else INDEX_SCHEMA.empty_table().select(JUDGED)
 
 
 def _commit_latents(

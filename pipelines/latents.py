@@ -24,7 +24,7 @@ class LatentFile:
         """Raises ValueError where the file has another layout than `write_rows` gives it."""
         self.reader = dataset.open(name)
         parquet = pq.ParquetFile(self.reader.file)
-        table = parquet.read(columns=[*PAIRS, Column.AESTHETIC_SCORE])
+        table = parquet.read(columns=[*PAIRS, Column.AESTHETIC_SCORE], use_threads=False)  # a few short columns
         score = table.column(Column.AESTHETIC_SCORE).to_numpy()  # NaN where the source has none
         self.conditions: dict[Column, np.ndarray] = {
             **{name: pair_array(table, name) for name in PAIRS},

@@ -265,14 +265,17 @@ class Storage:
                 yield from pool.map(lambda name: self.read_table(name, columns), group)
 
     def write_table(self, name: str, table: pa.Table, **parquet: Any) -> int:
-        """Write `table` as the Parquet file `name`, in one row group; returns its size in bytes.
-
-        The file is made in memory first: an upload that an error ends early would otherwise be completed as it is.
-        """
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, row_group_size=max(1, table.num_rows), **parquet)
-        self.write(name, buffer.getbuffer())
-        return buffer.tell()
+        """Write `table` as the Parquet file `name`, in one row group; returns its size in bytes."""
+        parquet["row_group_size"] = max(1, table.num_rows)
+        if self.is_local:
+            with _replacing(self.path(name)) as temporary:
+                pq.write_table(table, temporary, **parquet)
+                return os.path.getsize(temporary)
+        sink = pa.BufferOutputStream()  # in memory first: an upload that an error ends early is completed as it is
+        pq.write_table(table, sink, **parquet)
+        buffer = sink.getvalue()
+        self.write(name, buffer)
+        return buffer.size
 
     def remove_incomplete(self) -> int:
         """Delete what writers that were killed left behind; returns how many files. Local folders only."""

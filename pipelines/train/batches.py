@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Protocol
 
 import numpy as np
@@ -154,25 +155,31 @@ class LatentReader:
         self._dataset, self._pin = dataset, pin
         self._open: OrderedDict[int, LatentFile] = OrderedDict()
         self._lock = threading.Lock()  # sample grids read beside the read-ahead thread
-        self._pool = ThreadPoolExecutor(LOCAL_READERS if dataset.is_local else REMOTE_READERS)
+        self._readers = LOCAL_READERS if dataset.is_local else REMOTE_READERS
+        self._pool = ThreadPoolExecutor(self._readers)
 
     def read(self, rows: np.ndarray, bucket: Size, first: int) -> LatentBatch:
         """Rows [B, 2] as tensors in fp16."""
-        opened = dict(zip(numbers := np.unique(rows[:, 0]), self._pool.map(self._file, numbers), strict=True))
-        shapes = opened[numbers[0]].shapes
+        opened = self._files(np.unique(rows[:, 0]).tolist())
+        shapes = next(iter(opened.values())).shapes
         tensors = {
             name: torch.empty((len(rows), *shape), dtype=torch.float16, pin_memory=self._pin)
             for name, shape in shapes.items()
         }
 
-        def read(name: Column, place: int) -> None:
-            file, row = rows[place].tolist()
-            opened[file].read_into(name, row, tensors[name][place].numpy())
+        targets = {name: tensor.numpy() for name, tensor in tensors.items()}
+        places = list(enumerate(rows.tolist()))
 
-        wanted = [(name, place) for name in tensors for place in range(len(rows))]
-        list(self._pool.map(read, *zip(*wanted, strict=True)))
+        def read(part: list[tuple[Column, tuple[int, list[int]]]]) -> None:
+            for name, (place, (file, row)) in part:
+                opened[file].read_into(name, row, targets[name][place])
+
+        wanted = list(product(tensors, places))  # a task for each would cost as much as its copy in memory
+        list(self._pool.map(read, (wanted[reader :: self._readers] for reader in range(self._readers))))
         conditions = {
-            name: torch.from_numpy(np.stack([opened[file].conditions[Column(name)][row] for file, row in rows])).float()
+            name: torch.from_numpy(
+                np.stack([opened[file].conditions[Column(name)][row] for _, (file, row) in places])
+            ).float()
             for name in Conditioning
         }
         return LatentBatch(
@@ -193,18 +200,22 @@ class LatentReader:
         }
         return [keys[file][row].as_py() for file, row in rows.tolist()]
 
-    def _file(self, number: int) -> LatentFile:
-        number = int(number)
+    def _files(self, numbers: list[int]) -> dict[int, LatentFile]:
+        """Files by number, those opened that are not open yet."""
         with self._lock:
-            if number in self._open:
+            for number in self._open.keys() & numbers:
                 self._open.move_to_end(number)
-                return self._open[number]
-        file = LatentFile(self._dataset, self.files[number].name)  # two threads may open one at a time: no harm
+            found = {number: self._open.get(number) for number in numbers}
+        new = [number for number, file in found.items() if file is None]  # another thread may open one too: no harm
+        made = dict(zip(new, self._pool.map(self._new_file, new), strict=True))
         with self._lock:
-            self._open[number] = file
+            self._open |= made
             while len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
-        return file
+        return {number: file or made[number] for number, file in found.items()}
+
+    def _new_file(self, number: int) -> LatentFile:
+        return LatentFile(self._dataset, self.files[number].name)
 
 
 class ImageReader:

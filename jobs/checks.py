@@ -34,13 +34,19 @@ def check_preset(key: str, name: str, presets: Iterable[str]) -> None:
 
 
 def check_sources(prefix: str, source: SourceConfig | None, sources: Sequence[SourceConfig]) -> None:
-    """There is one source or several, and each has a name of its own."""
+    """There is one source or several, and each has a name of its own; weights of captions have captions."""
     if (source is None) != bool(sources):
         raise ValueError(f"{prefix}source: give a source, or {prefix}sources with several")
     names = [one.name for one in all_sources(source, tuple(sources))]
     for name in names:
         if not name or names.count(name) > 1:
             raise ValueError(f"{prefix}sources: {names.count(name)} have the name {name!r}; each needs its own")
+    for columns in (one.columns for one in all_sources(source, tuple(sources))):
+        if columns.caption_weights is not None and not (columns.caption and isinstance(columns.caption, str)):
+            raise ValueError(
+                f"{prefix}source.columns.caption_weights: weighs the captions of one column, and caption is "
+                f"{columns.caption!r}; give each of several columns its weight there"
+            )
 
 
 def check_scores(key: str, limits: Mapping[str, ScoreLimits], sources: Sequence[SourceConfig]) -> None:

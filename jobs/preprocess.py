@@ -133,6 +133,7 @@ def _tell(run: Run, outcome: Outcome, seconds: float) -> None:
     manifest, change = outcome.manifest, outcome.change
     run.json("manifest.json", vars(manifest))
     numbers = {f"rows_{name}": float(count) for name, count in manifest.counts.items()}
+    numbers |= {f"captions_{name}": float(count) for name, count in manifest.facts.get("captions", {}).items()}
     numbers |= {f"seconds_{name}": taken for name, taken in outcome.seconds.items()}
     numbers |= {"rows": manifest.rows, "rows_made": outcome.done, "rows_failed": len(outcome.failures)}
     if change is not None:
@@ -174,7 +175,10 @@ def _describe_source(found: Survey, options: StorageOptions) -> str:
 
 def _describe(manifest: Manifest) -> str:
     counts = ", ".join(f"{count} {name}" for name, count in manifest.counts.items())
-    return f"{manifest.rows} rows ({counts})"
+    captions = manifest.facts.get("captions", {})
+    dropped = sum(captions.values()) - captions.get("kept", 0)
+    left_out = f", {dropped} captions of kept images left out" if dropped else ""
+    return f"{manifest.rows} rows ({counts}){left_out}"
 
 
 if __name__ == "__main__":

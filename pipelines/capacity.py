@@ -192,11 +192,12 @@ def tflop(what: str, resolution: int) -> float:
 
 
 def latents_row_bytes(resolution: int) -> int:
-    """Bytes of the tensors of one row of latents, by the schema."""
+    """Bytes of the tensors of one row of latents of one caption, by the schema."""
     unet, vae = UNET_PRESETS["base"], VAE_PRESETS["sdxl"]
     side = resolution // vae.downsample
     schema = latents_schema((unet.latent_channels, side, side), (77, unet.context_dim), (unet.pooled_dim,))
-    return sum(field.type.byte_width for field in schema if pa.types.is_fixed_size_binary(field.type))
+    kinds = [field.type.value_type if pa.types.is_list(field.type) else field.type for field in schema]
+    return sum(kind.byte_width for kind in kinds if pa.types.is_fixed_size_binary(kind))
 
 
 def plan_capacity(

@@ -32,8 +32,14 @@ class ColumnsConfig:
     image: str | None = None
     """The image: in a table its bytes, or a file's name; in tars the suffix. None takes the first there is of "image",
     "jpg", "png", "webp" and "file_name" in a table, and a sample's only image in a tar."""
-    caption: str = "caption"
-    """The caption; "" for none."""
+    caption: str | Mapping[str, Positive] = "caption"
+    """The captions: a column of texts, or of lists of texts, of which training draws one each time. Several columns are
+    named with a weight each, which a list shares among its texts, e.g. {long = 3, short = 1}; "" is for none."""
+    caption_weights: str | None = None
+    """A column with a list of weights, one for each caption of a column of lists: 0 leaves a caption out. None, or a
+    row without weights, draws all alike."""
+    caption_per_line: bool = False
+    """Whether each line of a .txt is a caption of its own; else the whole file is one."""
     aesthetic_score: str | None = None
     """The score that the refiner is conditioned on; None takes "aesthetic_score" where there is one."""
     scores: Mapping[str, str] = field(default_factory=dict)

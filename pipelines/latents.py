@@ -1,7 +1,8 @@
 """One latents file as a loader sees it: small columns in memory, and the place of each row's tensors in the file.
 
-A tensor column is written uncompressed, as one page of values of one width: the last rows x width bytes of its chunk.
-A row's tensor is therefore read by itself, straight to where it is wanted, and nothing beside it is.
+A tensor column is written uncompressed, as one page of values of one width: the last values x width bytes of its chunk.
+A tensor is therefore read by itself, straight to where it is wanted, and nothing beside it is. A row has one value in
+most columns, and in those of text one for each of its captions, which lie side by side.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pipelines.schema import Column, pair_array, tensor_shape
 from pipelines.storage import RangeReader, Storage
 
 TENSORS = (Column.LATENT_MEAN, Column.LATENT_STD, Column.CONTEXT, Column.POOLED)
+OF_CAPTIONS = (Column.CONTEXT, Column.POOLED)
 PAIRS = (Column.ORIGINAL_SIZE, Column.CROP_TOP_LEFT, Column.TARGET_SIZE)
+MOST_BEFORE = 2**16  # bytes before the values of a column
 
 
 class LatentFile:
@@ -24,34 +27,65 @@ class LatentFile:
         """Raises ValueError where the file has another layout than `write_rows` gives it."""
         self.reader = dataset.open(name)
         parquet = pq.ParquetFile(self.reader.file)
-        table = parquet.read(columns=[*PAIRS, Column.AESTHETIC_SCORE], use_threads=False)  # a few short columns
+        columns = [*PAIRS, Column.AESTHETIC_SCORE, Column.CAPTION_WEIGHTS]
+        table = parquet.read(columns=columns, use_threads=False)  # a few short ones
         score = table.column(Column.AESTHETIC_SCORE).to_numpy()  # NaN where the source has none
         self.conditions: dict[Column, np.ndarray] = {
             **{name: pair_array(table, name) for name in PAIRS},
             Column.AESTHETIC_SCORE: score.astype(np.float32)[:, None],
         }
+        weights = table.column(Column.CAPTION_WEIGHTS).combine_chunks()
+        self._chances = weights.flatten().to_numpy()
+        self._captions = np.concatenate([[0], np.cumsum(weights.value_lengths().to_numpy())])  # before each row
         self.shapes = {column: tensor_shape(parquet.schema_arrow, column) for column in TENSORS}
-        self._starts = {column: _first_value(parquet, column, self.reader, name) for column in TENSORS}
+        counts = {column: len(self._chances) if column in OF_CAPTIONS else table.num_rows for column in TENSORS}
+        self._starts = {
+            column: _first_value(parquet, column, count, self.reader, name) for column, count in counts.items()
+        }
 
-    def read_into(self, column: Column, row: int, target: np.ndarray) -> None:
-        """Read one row's tensor into `target`, contiguous float16 of its shape."""
-        self.reader.read_into(target.reshape(-1).view(np.uint8).data, self._starts[column] + row * target.nbytes)
+    def chances(self, row: int) -> np.ndarray:
+        """How likely each of a row's captions is to be drawn [N]."""
+        return self._chances[self._captions[row] : self._captions[row + 1]]
+
+    def read_into(self, column: Column, row: int, caption: int, target: np.ndarray) -> None:
+        """Read one row's tensor, of one of its captions where it is of text, into `target`, contiguous float16."""
+        place = self._captions[row] + caption if column in OF_CAPTIONS else row
+        self.reader.read_into(target.reshape(-1).view(np.uint8).data, self._starts[column] + int(place) * target.nbytes)
 
 
-def _first_value(parquet: pq.ParquetFile, column: Column, reader: RangeReader, name: str) -> int:
-    """Where the values of a tensor column begin in the file."""
+def _first_value(parquet: pq.ParquetFile, column: Column, count: int, reader: RangeReader, name: str) -> int:
+    """Where the values of a tensor column, `count` in all, begin in the file."""
     metadata, schema = parquet.metadata, parquet.schema_arrow
     refused = f"{name}: {column} is not one uncompressed page; this version did not write it: make the latents anew"
-    if metadata.num_row_groups != 1 or not pa.types.is_fixed_size_binary(schema.field(column).type):
+    kind = schema.field(column).type
+    value = kind.value_type if pa.types.is_list(kind) else kind
+    if metadata.num_row_groups != 1 or not pa.types.is_fixed_size_binary(value):
         raise ValueError(refused)
     chunk = metadata.row_group(0).column(schema.get_field_index(column))
-    values = metadata.num_rows * schema.field(column).type.byte_width
     start, end = chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size
-    header = bytearray(max(0, min(end - values - start, 64)))
-    reader.read_into(memoryview(header), start)
-    if chunk.path_in_schema != column or chunk.compression != "UNCOMPRESSED" or _page_bytes(header) != values:
+    values = count * value.byte_width
+    before = bytearray(max(0, min(end - values - start, MOST_BEFORE)))  # the page's header, and of lists the levels
+    reader.read_into(memoryview(before), start)
+    described = chunk.path_in_schema.partition(".")[0] == column and chunk.num_values == count
+    if not described or chunk.compression != "UNCOMPRESSED" or not _is_page(before, values, kind != value):
         raise ValueError(refused)
     return end - values
+
+
+def _is_page(before: bytearray, values: int, of_lists: bool) -> bool:
+    """Whether what is before `values` bytes is one page's header, and in a column of lists the levels behind it.
+
+    Levels say where lists begin and end: two runs of bytes, each with its length in four bytes before it.
+    """
+    levels = (_page_bytes(before) or 0) - values
+    if not of_lists:
+        return levels == 0
+    if not 0 < levels < len(before):
+        return False
+    place, runs = 0, before[-levels:]
+    for _ in range(2):
+        place += 4 + int.from_bytes(runs[place : place + 4], "little")
+    return place == levels
 
 
 def _page_bytes(header: bytes | bytearray) -> int | None:

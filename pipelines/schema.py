@@ -25,11 +25,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.captions import TEXTS, WEIGHTS, left
 from pipelines.storage import Storage
 
 JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 ROWS_AT_A_TIME = 65_536  # that are in memory as Python values
-SCHEMA_VERSION = 3  # raised when a column changes its meaning; part of every fingerprint
+SCHEMA_VERSION = 4  # raised when a column changes its meaning; part of every fingerprint
 MANIFEST = "manifest.json"
 
 
@@ -45,7 +46,9 @@ class Column(StrEnum):
     LENGTH = "length"  # bytes from there
     CODEC = "codec"  # how the span is packed; null for not at all
     SKIP = "skip"  # bytes of the unpacked span before the image
-    CAPTION = "caption"
+    CAPTIONS = "captions"  # texts; an image is seen with one of them at a time
+    CAPTION_WEIGHTS = "caption_weights"  # how often each is drawn beside the others; in latents they sum to 1
+    CAPTION_REASONS = "caption_reasons"  # a Reject of each; null = kept
     ORIGINAL_SIZE = "original_size"  # (height, width) in pixels, upright, before any resize
     BUCKET = "bucket"  # (height, width) in pixels
     AESTHETIC_SCORE = "aesthetic_score"  # null where the source has none
@@ -100,7 +103,9 @@ INDEX_SCHEMA = pa.schema(
         pa.field(Column.SOURCE, pa.string(), nullable=False),
         pa.field(Column.PATH, pa.string(), nullable=False),
         *PLACE,
-        pa.field(Column.CAPTION, pa.string()),
+        pa.field(Column.CAPTIONS, TEXTS),
+        pa.field(Column.CAPTION_WEIGHTS, WEIGHTS),
+        pa.field(Column.CAPTION_REASONS, TEXTS),
         pa.field(Column.ORIGINAL_SIZE, NULLABLE_PAIR),
         pa.field(Column.BUCKET, NULLABLE_PAIR),
         pa.field(Column.AESTHETIC_SCORE, pa.float32()),
@@ -122,24 +127,31 @@ INDEX_ONLY = (  # what no later stage asks for
     Column.REJECT_DETAIL,
 )
 
+LATENTS_IDENTITY = (  # what a latents row is made of
+    *(Column.ID, Column.CAPTIONS, Column.CAPTION_WEIGHTS),
+    *(Column.BUCKET, Column.AESTHETIC_SCORE),
+)
 
-def tensor_field(name: Column, shape: Sequence[int]) -> pa.Field:
-    """A column of float16 tensors of one shape, as fixed-size bytes with the shape beside them.
+
+def tensor_field(name: Column, shape: Sequence[int], several: bool = False) -> pa.Field:
+    """A column of float16 tensors of one shape, or of lists of them, as fixed-size bytes with the shape beside them.
 
     Arrow's own tensor columns read and write ten times slower; docs/decisions/ has the figures.
     """
-    size = 2 * int(np.prod(shape))
+    kind = pa.binary(2 * int(np.prod(shape)))
     metadata = {"dtype": "float16", "shape": ",".join(map(str, shape))}
-    return pa.field(name, pa.binary(size), nullable=False, metadata=metadata)
+    listed = pa.list_(pa.field("element", kind, nullable=False))
+    return pa.field(name, listed if several else kind, nullable=False, metadata=metadata)
 
 
 def latents_schema(latent: Sequence[int], context: Sequence[int], pooled: Sequence[int]) -> pa.Schema:
-    """The schema of a latents file, for tensors of these shapes (without the row dimension)."""
+    """The schema of a latents file, for tensors of these shapes (without the dimensions of rows and captions)."""
     return pa.schema(
         [
             pa.field(Column.KEY, pa.string(), nullable=False),
             pa.field(Column.ID, pa.string(), nullable=False),
-            pa.field(Column.CAPTION, pa.string(), nullable=False),
+            pa.field(Column.CAPTIONS, TEXTS, nullable=False),
+            pa.field(Column.CAPTION_WEIGHTS, WEIGHTS, nullable=False),
             pa.field(Column.ORIGINAL_SIZE, PAIR, nullable=False),
             pa.field(Column.CROP_TOP_LEFT, PAIR, nullable=False),
             pa.field(Column.TARGET_SIZE, PAIR, nullable=False),
@@ -147,8 +159,8 @@ def latents_schema(latent: Sequence[int], context: Sequence[int], pooled: Sequen
             pa.field(Column.AESTHETIC_SCORE, pa.float32()),
             tensor_field(Column.LATENT_MEAN, latent),
             tensor_field(Column.LATENT_STD, latent),
-            tensor_field(Column.CONTEXT, context),
-            tensor_field(Column.POOLED, pooled),
+            tensor_field(Column.CONTEXT, context, several=True),
+            tensor_field(Column.POOLED, pooled, several=True),
         ]
     )
 
@@ -166,10 +178,12 @@ def tensor_shape(schema: pa.Schema, name: Column) -> tuple[int, ...]:
 
 
 def tensor_array(table: pa.Table, name: Column) -> np.ndarray:
-    """A tensor column of a table as float16 [N, ...]; a view where the column is one chunk."""
+    """A tensor column of a table as float16 [N, ...], lists one after another; a view where it is one chunk."""
     shape = tensor_shape(table.schema, name)
     column = table.column(name)
     chunk = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+    if pa.types.is_list(chunk.type):
+        chunk = chunk.flatten()
     buffer = chunk.buffers()[1]
     width = chunk.type.byte_width
     flat = np.frombuffer(buffer, np.float16, len(chunk) * width // 2, chunk.offset * width)
@@ -288,7 +302,10 @@ def read_manifest(dataset: Storage, kind: str, pinned: str | None = None) -> Man
         raise ValueError(f"{dataset.uri} holds a dataset of kind {manifest.kind!r}, and {kind!r} was expected")
     version = manifest.fingerprint.get("schema")
     if version != SCHEMA_VERSION:
-        raise ValueError(f"{dataset.uri} was written with schema {version}, and this version reads {SCHEMA_VERSION}")
+        raise ValueError(
+            f"{dataset.uri} was written with schema {version}, and this version reads {SCHEMA_VERSION}: make it anew "
+            "with jobs.preprocess, in another folder or once this one is deleted"
+        )
     return manifest
 
 
@@ -307,12 +324,21 @@ def data_files(dataset: Storage, manifest: Manifest) -> list[DataFile]:
 
 
 def kept_rows(index: Storage, manifest: Manifest) -> pa.Table:
-    """The index rows that are kept, with the key that their latents row has, sorted by it."""
+    """The index rows that are kept, with their kept captions and the key that their latents row has, sorted by it."""
     columns = [name for name in INDEX_SCHEMA.names if name not in INDEX_ONLY]
     names = [file.name for file in data_files(index, manifest)]
-    kept = [rows.filter(pc.is_null(rows.column(Column.REJECT_REASON))) for rows in index.read_tables(names, columns)]
-    rows = pa.concat_tables(kept) if kept else INDEX_SCHEMA.empty_table().select(columns)
-    rows = rows.drop_columns([Column.REJECT_REASON])
-    keys = row_digests(rows.select([Column.ID, Column.CAPTION, Column.BUCKET, Column.AESTHETIC_SCORE]))
-    place = rows.schema.get_field_index(Column.KEY)
-    return rows.set_column(place, INDEX_SCHEMA.field(Column.KEY), keys).sort_by(Column.KEY)
+    kept = [_kept(rows) for rows in index.read_tables(names, columns)]
+    rows = pa.concat_tables(kept or [_kept(INDEX_SCHEMA.empty_table().select(columns))])
+    return _with(rows, Column.KEY, row_digests(rows.select(LATENTS_IDENTITY))).sort_by(Column.KEY)
+
+
+def _kept(rows: pa.Table) -> pa.Table:
+    rows = rows.filter(pc.is_null(rows.column(Column.REJECT_REASON)))
+    told = (rows.column(name) for name in (Column.CAPTIONS, Column.CAPTION_WEIGHTS, Column.CAPTION_REASONS))
+    captions, chances = left(*told)
+    rows = _with(_with(rows, Column.CAPTIONS, captions), Column.CAPTION_WEIGHTS, chances)
+    return rows.drop_columns([Column.REJECT_REASON, Column.CAPTION_REASONS])
+
+
+def _with(rows: pa.Table, name: Column, values: pa.Array) -> pa.Table:
+    return rows.set_column(rows.schema.get_field_index(name), INDEX_SCHEMA.field(name), values)

@@ -47,10 +47,11 @@ def sources(tmp_path) -> list[SourceConfig]:
     (tmp_path / "tables").mkdir()
     table = {"jpg": [picture(n) for n in (5, 6, 0)] + [None], "caption": [f"caption {n}" for n in (5, 6, 0, 9)]}
     pq.write_table(pa.table(table), tmp_path / "tables/t.parquet")
-    saved = {"image": [picture(n) for n in (7, 8, 10)], "text": ["caption 7", "caption 8", "caption 10"]}
+    texts = [["caption 7"], ["caption 8", "another of 8", "far too long a caption of 8"], ["caption 10", None]]
+    saved = {"image": [picture(n) for n in (7, 8, 10)], "text": texts, "odds": [[1], [3, 1, 4], None]}
     save_dataset(tmp_path / "saved", pa.table(saved))
     watermark = ColumnsConfig(scores={"watermark": "pwatermark"})
-    columns = {"tars": watermark, "saved": ColumnsConfig(caption="text")}
+    columns = {"tars": watermark, "saved": ColumnsConfig(caption="text", caption_weights="odds")}
     return [
         SourceConfig(
             name=name,
@@ -69,7 +70,7 @@ def test_every_kind_of_source_becomes_one_index_that_later_stages_read_by(cluste
         with lease(dataset) as held:
             return build_index(
                 sources=sources,
-                filters=FilterConfig(scores={"watermark": ScoreLimits(max=0.5)}),
+                filters=FilterConfig(scores={"watermark": ScoreLimits(max=0.5)}, max_caption_characters=20),
                 buckets=BucketConfig(resolution=32, table="square", multiple=8),
                 held=held,
                 rows_per_file=8,
@@ -80,6 +81,7 @@ def test_every_kind_of_source_becomes_one_index_that_later_stages_read_by(cluste
 
     first = run()
     assert first.manifest.counts == {"kept": KEPT, "duplicate": 1, "high_score": 1, "unreadable": 2}
+    assert first.manifest.facts == {"captions": {"kept": KEPT + 1, "long_caption": 1}}
     listings = {file.name: file.modified_us for file in dataset.list("listings")}
     assert len(listings) == 5
     again = run()
@@ -89,7 +91,9 @@ def test_every_kind_of_source_becomes_one_index_that_later_stages_read_by(cluste
     kept = kept_rows(dataset, first.manifest)
     originals, crop = Originals(sources, StorageOptions()), CropConfig()
     expected = {f"caption {n}": picture(n) for n in (0, 1, 2, 3, 5, 6, 7, 8, 10)}
-    assert {row["caption"]: originals.read(row) for row in kept.to_pylist()} == expected
+    assert {row["captions"][0]: originals.read(row) for row in kept.to_pylist()} == expected
+    (several,) = [row for row in kept.to_pylist() if len(row["captions"]) > 1]
+    assert (several["captions"], several["caption_weights"]) == (["caption 8", "another of 8"], [0.75, 0.25])
     assert crop_images(kept, originals, crop, MAX_PIXELS).column(FAILURE).null_count == KEPT
     reader = ImageReader(dataset, first.manifest, originals, crop, MAX_PIXELS)
     assert {file.name: (file.rows, file.weight) for file in reader.files} == {

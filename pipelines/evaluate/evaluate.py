@@ -26,6 +26,7 @@ from safetensors.torch import save as save_tensors
 
 from model.metrics import Moments, frechet_distance
 from model.weights import Kind
+from pipelines.captions import likeliest
 from pipelines.checkpoints import RUN
 from pipelines.config import SourceConfig, all_sources
 from pipelines.evaluate.config import EvaluateConfig
@@ -122,8 +123,13 @@ def evaluated_rows(config: EvaluateConfig, options: StorageOptions) -> list[dict
         raise ValueError(f"{config.index}: there is no image to measure")
     size = list(config.reconstruct.size) if config.reconstruct else None
     place = [field.name for field in PLACE]
-    names = (Column.SOURCE, Column.PATH, *place, Column.FILE_SIZE, Column.ID, Column.CAPTION)
-    return [{str(name): row[name] for name in names} | {"size": size or row[Column.BUCKET]} for row in found]
+    names = (Column.SOURCE, Column.PATH, *place, Column.FILE_SIZE, Column.ID)
+    return [
+        {str(name): row[name] for name in names}
+        | {"caption": likeliest(row[Column.CAPTIONS], row[Column.CAPTION_WEIGHTS])}
+        | {"size": size or row[Column.BUCKET]}
+        for row in found
+    ]
 
 
 def _measure(config: EvaluateConfig, subject: Subject, output: Storage, settings: str) -> Result:

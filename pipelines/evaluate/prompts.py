@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipelines.captions import likeliest
 from pipelines.config import Size
 from pipelines.evaluate.config import PromptsConfig
 from pipelines.heldout import is_held_out
@@ -77,7 +78,7 @@ def _prompts(config: PromptsConfig, options: StorageOptions) -> Iterator[Prompt]
         for row in index_rows(index, config.count, config.validation_share):
             yield replace(
                 shared,
-                text=row[Column.CAPTION],
+                text=likeliest(row[Column.CAPTIONS], row[Column.CAPTION_WEIGHTS]),
                 size=tuple(row[Column.BUCKET]),
                 original_size=config.original_size or tuple(row[Column.ORIGINAL_SIZE]),
                 path=row[Column.PATH],

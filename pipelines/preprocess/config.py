@@ -46,7 +46,7 @@ class FilterConfig:
     """Bits of 64 in which the perceptual hashes of two images may differ and one of them be rejected: the smaller. None
     rejects none."""
     min_caption_characters: Amount = 1
-    """Shortest caption, after white space is stripped."""
+    """Shortest caption, after white space is stripped. Of several, those that fit are kept, and with them the image."""
     max_caption_characters: Count = 1_000_000
     """Longest caption, after white space is stripped. The text encoders see its first 75 tokens."""
     scores: Mapping[str, ScoreLimits] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from model.finite import NotFiniteError
 from model.text import tokenize
 from model.vae import VAE, Posterior
 from pipelines import networks
+from pipelines.captions import in_lists, out_of_lists
 from pipelines.config import CropConfig, Size, TextWeightsConfig, WeightsConfig
 from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, read_crop
 from pipelines.originals import Originals
@@ -86,30 +87,33 @@ class Encoder:
         failed = rows.filter(pc.is_valid(rows.column(FAILURE)))
         height, width = rows.column(Column.BUCKET)[0].as_py()
         mean, std = self._encode_images(good.column(PIXELS), (height, width))
-        context, pooled = self._encode_captions(good.column(Column.CAPTION).to_pylist())
-        tensors = {
-            Column.LATENT_MEAN: mean,
-            Column.LATENT_STD: std,
-            Column.CONTEXT: context,
-            Column.POOLED: pooled,
-        }
-        finite = np.ones(good.num_rows, bool)
-        for array in tensors.values():
-            finite &= np.isfinite(array.reshape(len(array), -1)).all(1) if len(array) else finite
+        places, captions = out_of_lists(good.column(Column.CAPTIONS))
+        context, pooled = self._encode_captions(captions.to_pylist())
         schema = latents_schema(mean.shape[1:], context.shape[1:], pooled.shape[1:])
         unit = [name for name in rows.column_names if name.startswith(UNIT)]
         for name in (Column.SOURCE, Column.PATH, FAILURE, *unit):
             schema = schema.append(rows.schema.field(name))
+
+        finite = np.ones(good.num_rows, bool)
+        rows_of = np.arange(good.num_rows)
+        for array, row in ((mean, rows_of), (std, rows_of), (context, places), (pooled, places)):
+            finite[row[~np.isfinite(array).all(tuple(range(1, array.ndim)))]] = False
         reason = f"not finite in {self.config.dtype}"
         if self.config.dtype == "float16":
             reason += "; set encode.dtype to bfloat16 or float32"
-        reasons = [None if ok else reason for ok in finite]
-        good = good.set_column(good.schema.get_field_index(FAILURE), FAILURE, pa.array(reasons, pa.string()))
-        encoded = [
-            tensor_column(tensors[field.name]) if field.name in tensors else good.column(field.name).cast(field.type)
-            for field in schema
+        reasons = pa.array([None if ok else reason for ok in finite], pa.string())
+
+        made: dict[str, pa.Array] = {
+            Column.LATENT_MEAN: tensor_column(mean),
+            Column.LATENT_STD: tensor_column(std),
+            FAILURE: reasons,
+        }
+        for name, array in ((Column.CONTEXT, context), (Column.POOLED, pooled)):
+            made[name] = in_lists(good.num_rows, places, tensor_column(array), schema.field(name).type)
+        arrays = [
+            made[field.name] if field.name in made else good.column(field.name).cast(field.type) for field in schema
         ]
-        table = pa.Table.from_arrays(encoded, schema=schema)
+        table = pa.Table.from_arrays(arrays, schema=schema)
         return pa.concat_tables([table, _without_tensors(failed, schema)]) if failed.num_rows else table
 
     def _encode_images(self, pixels: pa.ChunkedArray, bucket: Size) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +130,7 @@ class Encoder:
         return np.concatenate(means), np.concatenate(stds)
 
     def _encode_captions(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Context [N, 77, channels] and pooled [N, channels], float16; each distinct caption is encoded once."""
+        """Context [M, 77, channels] and pooled [M, channels], float16; each distinct caption is encoded once."""
         distinct = sorted(set(captions))
         contexts = [np.empty((0, CONTEXT_LENGTH, self.text_config.context_dim), np.float16)]
         pooled = [np.empty((0, self.text_config.pooled_dim), np.float16)]
@@ -168,10 +172,12 @@ def _without_tensors(failed: pa.Table, schema: pa.Schema) -> pa.Table:
     """Failed rows in the schema of finished ones; they are reported and never stored, so any value will do."""
     arrays = []
     for field in schema:
-        if field.name in failed.column_names and not pa.types.is_fixed_size_binary(field.type):
-            arrays.append(failed.column(field.name).cast(field.type))
-        elif pa.types.is_fixed_size_binary(field.type):
+        if pa.types.is_fixed_size_binary(field.type):
             arrays.append(pa.array([bytes(field.type.byte_width)] * failed.num_rows, field.type))
+        elif field.name in (Column.CONTEXT, Column.POOLED):
+            arrays.append(pa.array([[]] * failed.num_rows, field.type))
+        elif field.name in failed.column_names:
+            arrays.append(failed.column(field.name).cast(field.type))
         else:
             arrays.append(pa.nulls(failed.num_rows, field.type))
     return pa.Table.from_arrays(arrays, schema=schema.remove_metadata())

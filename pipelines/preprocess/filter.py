@@ -12,11 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.captions import in_lists, out_of_lists
 from pipelines.preprocess.config import FilterConfig, ScoreLimits
 from pipelines.preprocess.near import HASH_BITS, leaders
 from pipelines.schema import INDEX_SCHEMA, ROWS_AT_A_TIME, Column, Reject
 
 MEASURED = (Reject.UNREADABLE, Reject.TOO_LARGE)  # reasons that measuring gives; the rest are decided here
+NEVER = np.iinfo(np.int64).max
 Finding = tuple[pa.ChunkedArray, pa.ChunkedArray]  # which rows are rejected (null: not), and in detail why
 Verdict = tuple[Reject, pa.ChunkedArray, pa.ChunkedArray]  # the reason, and its finding
 SAME_BYTES, NEAR = "the same bytes as ", f" of {HASH_BITS} bits from "  # a detail names the image that is kept instead
@@ -24,14 +26,16 @@ Filter = Callable[[pa.Table, FilterConfig], Verdict]
 
 
 def decide(index: pa.Table, config: FilterConfig) -> pa.Table:
-    """Index rows with the verdict on each, whatever was decided before. Every row of a key must be there once.
+    """Index rows with the verdict on each and on its captions, whatever was decided before.
 
-    It depends on the set of rows and the settings alone, not on the order of rows or on earlier verdicts.
+    Every row of a key must be there once. It depends on the set of rows and the settings alone, not on the order of
+    rows or on earlier verdicts.
     """
     reasons, details = index.column(Column.REJECT_REASON), index.column(Column.REJECT_DETAIL)
     measured = pc.is_in(reasons, value_set=pa.array(MEASURED, pa.string()))
     cleared = _with_verdicts(index, _where(measured, reasons), _where(measured, details))
-    return mark_near_duplicates(mark_duplicates(apply_filters(cleared, config)), config)
+    judged = apply_filters(drop_captions(cleared, config), config)
+    return mark_near_duplicates(mark_duplicates(judged), config)
 
 
 def apply_filters(index: pa.Table, config: FilterConfig) -> pa.Table:
@@ -52,17 +56,41 @@ def _filtered(index: pa.Table, config: FilterConfig) -> pa.Table:
 
 
 def no_caption(index: pa.Table, config: FilterConfig) -> Verdict:
-    """An image without a caption, or with too short a one."""
-    length, least = _caption_length(index), config.min_caption_characters
-    detail = _text(length, f" characters, and filters.min_caption_characters is {least}")
-    return Reject.NO_CAPTION, pc.less(length, least), detail
+    """An image without a caption, or with too short ones alone; the detail tells of the longest."""
+    longest, least = np.zeros(index.num_rows, np.int64), config.min_caption_characters
+    places, lengths = _caption_lengths(index)
+    np.maximum.at(longest, places, lengths)
+    detail = _text(_column(longest), f" characters, and filters.min_caption_characters is {least}")
+    return Reject.NO_CAPTION, _column(longest < least), detail
 
 
 def long_caption(index: pa.Table, config: FilterConfig) -> Verdict:
-    """An image with too long a caption."""
-    length, most = _caption_length(index), config.max_caption_characters
-    detail = _text(length, f" characters, and filters.max_caption_characters is {most}")
-    return Reject.LONG_CAPTION, pc.greater(length, most), detail
+    """An image whose captions are all too long, or too short; the detail tells of the shortest that is too long."""
+    least, most = config.min_caption_characters, config.max_caption_characters
+    places, lengths = _caption_lengths(index)
+    shortest, fitting = np.full(index.num_rows, NEVER), np.zeros(index.num_rows, bool)
+    np.minimum.at(shortest, places[lengths > most], lengths[lengths > most])
+    fitting[places[(lengths >= least) & (lengths <= most)]] = True
+    detail = _text(_column(shortest), f" characters, and filters.max_caption_characters is {most}")
+    return Reject.LONG_CAPTION, _column((shortest < NEVER) & ~fitting), detail
+
+
+def drop_captions(index: pa.Table, config: FilterConfig) -> pa.Table:
+    """Index rows with caption_reasons: which of an image's captions are left out, be it kept or not, and why."""
+    places, lengths = _caption_lengths(index)
+    reasons = np.full(len(lengths), None, object)
+    reasons[lengths > config.max_caption_characters] = str(Reject.LONG_CAPTION)
+    reasons[lengths < config.min_caption_characters] = str(Reject.NO_CAPTION)
+    lists = in_lists(index.num_rows, places, pa.array(reasons, pa.string()))
+    position = index.schema.get_field_index(Column.CAPTION_REASONS)
+    return index.set_column(position, INDEX_SCHEMA.field(Column.CAPTION_REASONS), lists)
+
+
+def caption_counts(index: pa.Table) -> dict[str, int]:
+    """The captions of kept images: how many are kept, and how many are left out for each reason."""
+    kept = index.filter(pc.is_null(index.column(Column.REJECT_REASON))).column(Column.CAPTION_REASONS)
+    counts = pc.value_counts(pc.list_flatten(kept)).to_pylist()
+    return dict(sorted((count["values"] or "kept", count["counts"]) for count in counts))
 
 
 def shortest_side(index: pa.Table, config: FilterConfig) -> Verdict:
@@ -224,9 +252,19 @@ def kept_instead(detail: str) -> str:
     return detail.removeprefix(SAME_BYTES) if detail.startswith(SAME_BYTES) else detail.partition(NEAR)[2]
 
 
-def _caption_length(index: pa.Table) -> pa.ChunkedArray:
-    """Characters of each caption without the white space around it; 0 where there is none."""
-    return pc.fill_null(pc.utf8_length(pc.utf8_trim_whitespace(index.column(Column.CAPTION))), 0)
+def _caption_lengths(index: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """(row [N], characters without the white space around them [N]) of all captions."""
+    places, lengths, before = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
+    for chunk in index.column(Column.CAPTIONS).chunks:  # as one, the texts of many rows would not fit Arrow's offsets
+        rows, texts = out_of_lists(chunk)
+        places.append(rows + before)
+        lengths.append(pc.utf8_length(pc.utf8_trim_whitespace(texts)).to_numpy().astype(np.int64))
+        before += len(chunk)
+    return np.concatenate(places), np.concatenate(lengths)
+
+
+def _column(values: np.ndarray) -> pa.ChunkedArray:
+    return pa.chunked_array([values])
 
 
 def _sides(index: pa.Table) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +16,8 @@ from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, decod
 from pipelines.originals import Originals
 from pipelines.preprocess.config import MOST_DISTINCT, FilterConfig
 from pipelines.preprocess.near import HASH_SIDE, perceptual_hash
-from pipelines.preprocess.sources.inputs import CAPTION_FILE, PROBLEM
+from pipelines.preprocess.sources.captions import lines_of
+from pipelines.preprocess.sources.inputs import CAPTION_FILE, CAPTION_PER_LINE, PROBLEM
 from pipelines.preprocess.write import timed
 from pipelines.schema import INDEX_SCHEMA, Column, Reject
 
@@ -30,8 +32,10 @@ def measure(inputs: pa.Table, originals: Originals, filters: FilterConfig) -> pa
 
     def row(values: dict[str, Any]) -> dict[str, Any]:
         index = {name: values.get(name) for name in INDEX_SCHEMA.names}
-        if values[CAPTION_FILE] is not None:
-            index[Column.CAPTION] = _read_caption(originals, values)
+        if not values[Column.CAPTIONS]:
+            captions = Counter(_read_captions(originals, values))
+            index[Column.CAPTIONS], index[Column.CAPTION_WEIGHTS] = list(captions), list(captions.values())
+        index[Column.CAPTION_REASONS] = [None] * len(index[Column.CAPTIONS] or ())
         if values[Column.FILE_SIZE] is None:
             index[Column.FILE_SIZE] = -1
         if values[PROBLEM] is not None:
@@ -59,7 +63,8 @@ def measure(inputs: pa.Table, originals: Originals, filters: FilterConfig) -> pa
         return index | seen
 
     measured = map_rows(row, inputs, INDEX_SCHEMA)
-    return measured.drop_columns([name for name in (CAPTION_FILE, PROBLEM) if name in measured.column_names])
+    spent = (CAPTION_FILE, CAPTION_PER_LINE, PROBLEM)
+    return measured.drop_columns([name for name in spent if name in measured.column_names])
 
 
 def without_place(error: BaseException, originals: Originals, source: str) -> str:
@@ -67,13 +72,16 @@ def without_place(error: BaseException, originals: Originals, source: str) -> st
     return f"{type(error).__name__}: {error}".replace(f"{originals.storage(source).root}/", "")
 
 
-def _read_caption(originals: Originals, values: dict[str, Any]) -> str | None:
-    """The caption in a text file; None where the file went since it was listed."""
+def _read_captions(originals: Originals, values: dict[str, Any]) -> list[str]:
+    """The captions in a text file; none where there is no such file, or it went since it was listed."""
+    if values[CAPTION_FILE] is None:
+        return []
     try:
         data = originals.storage(values[Column.SOURCE]).read(values[CAPTION_FILE])
     except FileNotFoundError:
-        return None
-    return data.decode("utf-8", errors="replace").strip()
+        return []
+    text = data.decode("utf-8", errors="replace").strip()
+    return lines_of(text) if values[CAPTION_PER_LINE] else [text]
 
 
 def looks(image: Image.Image) -> dict[str, Any]:

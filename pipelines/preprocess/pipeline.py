@@ -13,14 +13,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data import Dataset
 
+from model.config import CONTEXT_LENGTH, TextConfig
 from pipelines import networks
+from pipelines.captions import out_of_lists
 from pipelines.config import CropConfig, SourceConfig, StageResources, TextWeightsConfig, WeightsConfig
 from pipelines.originals import Originals
 from pipelines.preprocess.alert import Change, change_of, judge
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
 from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig
 from pipelines.preprocess.encode import Encoder, crop_images
-from pipelines.preprocess.filter import decide
+from pipelines.preprocess.filter import caption_counts, decide
 from pipelines.preprocess.lease import Lease
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.sources.listing import (
@@ -35,6 +37,7 @@ from pipelines.preprocess.sources.survey import Container, survey
 from pipelines.preprocess.write import (
     AMENDED,
     FAILURE,
+    PAGE_BYTES,
     Stored,
     collect_garbage,
     cut,
@@ -68,7 +71,8 @@ JUDGED = [  # what verdicts follow from
     Column.ID,
     Column.SOURCE,
     Column.PATH,
-    Column.CAPTION,
+    Column.CAPTIONS,
+    Column.CAPTION_REASONS,
     Column.ORIGINAL_SIZE,
     Column.AESTHETIC_SCORE,
     Column.SCORES,
@@ -188,6 +192,7 @@ def build_latents(
         for source in sources
         for unit in _by_bucket(rows.filter(pc.equal(rows.column(Column.SOURCE), source.name)), encode.rows_per_file)
     ]
+    _check_text_fits(units, networks.text_config(text))
     failures: dict[str, str] = {}
     seconds: dict[str, float] = {}
     if units:
@@ -246,6 +251,19 @@ def _by_bucket(rows: pa.Table, size: int) -> list[pa.Table]:
     return cut(rows, size, {f"{height}x{width}": mask for (height, width), mask in masks.items()})
 
 
+def _check_text_fits(units: Sequence[pa.Table], text: TextConfig) -> None:
+    """Raise ValueError where the text of a file's captions does not fit one page, in which loaders look for it."""
+    of_caption = 2 * CONTEXT_LENGTH * text.context_dim
+    counts = [len(out_of_lists(unit.column(Column.CAPTIONS))[0]) for unit in units]
+    most = max(counts, default=0)
+    if most * of_caption > PAGE_BYTES:
+        rows = units[counts.index(most)].num_rows
+        raise ValueError(
+            f"encode.rows_per_file: {rows} images with {most} captions of {of_caption} bytes do not fit a file's page "
+            f"of {PAGE_BYTES}; set it to {max(1, rows * PAGE_BYTES // (most * of_caption))} or less"
+        )
+
+
 def _run(stages: Dataset, label: str, rows: int) -> tuple[dict[str, str], dict[str, float]]:
     """Run the stages to their end; gives the images that failed, as source:path, and why, and each stage's seconds."""
     failures: dict[str, str] = {}
@@ -299,6 +317,7 @@ def _commit_index(
         counts=dict(sorted(counts.items())),
         fingerprint=fingerprint,
         parents={},
+        facts={"captions": caption_counts(verdicts)},
     )
     return manifest, change, look
 

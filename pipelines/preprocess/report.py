@@ -170,10 +170,11 @@ def _crops(summary: Summary) -> str:
 def _captions(summary: Summary) -> str:
     if not summary.kept:
         return ""
-    long = int(summary.words[ENCODED_TOKENS + 1 :].sum())
+    long, count = int(summary.words[ENCODED_TOKENS + 1 :].sum()), int(summary.words.sum())
     text = (
-        f"Words of the kept captions. The text encoders see {ENCODED_TOKENS} tokens, and a word is one at least: "
-        f"{percent(long, summary.kept)} of the captions have more words than that, and are cut."
+        f"Words of the {count:,} captions that kept images are seen with; {summary.captions_dropped:,} more are left "
+        f"out for their length. The text encoders see {ENCODED_TOKENS} tokens, and a word is one at least: "
+        f"{percent(long, count)} of the captions have more words than that, and are cut."
     )
     last = min(MOST_WORDS, max(20, int(np.flatnonzero(summary.words)[-1])))
     labels = [str(place) if place % 5 == 0 else "" for place in range(last + 1)]
@@ -239,7 +240,7 @@ def _examples(summary: Summary, thumbnails: Mapping[str, str | None]) -> str:
 def _card(row: Row, thumbnails: Mapping[str, str | None], note: str) -> str:
     size = row[Column.ORIGINAL_SIZE]
     words = f"{size[0]} x {size[1]}, {note}" if size else note
-    return picture(thumbnails.get(row[Column.KEY]), row[Column.CAPTION] or "(no caption)", words)
+    return picture(thumbnails.get(row[Column.KEY]), " | ".join(row[Column.CAPTIONS] or ()) or "(no caption)", words)
 
 
 def _reasons(summary: Summary) -> list[str]:

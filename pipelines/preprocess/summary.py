@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.captions import left, out_of_lists
 from pipelines.config import Size
 from pipelines.preprocess.filter import kept_instead
 from pipelines.schema import PLACE, Column, Manifest, Reject, data_files
@@ -23,7 +24,9 @@ READ = [
     Column.KEY,
     Column.SOURCE,
     Column.PATH,
-    Column.CAPTION,
+    Column.CAPTIONS,
+    Column.CAPTION_WEIGHTS,
+    Column.CAPTION_REASONS,
     Column.ORIGINAL_SIZE,
     Column.BUCKET,
     Column.PERCEPTUAL_HASH,
@@ -32,7 +35,7 @@ READ = [
     *(Column.FILE_SIZE, *(field.name for field in PLACE)),
 ]
 SHOWN = [
-    *(Column.KEY, Column.SOURCE, Column.PATH, Column.CAPTION, Column.ORIGINAL_SIZE, Column.REJECT_DETAIL),
+    *(Column.KEY, Column.SOURCE, Column.PATH, Column.CAPTIONS, Column.ORIGINAL_SIZE, Column.REJECT_DETAIL),
     *(Column.FILE_SIZE, *(field.name for field in PLACE)),  # pictures are read by their place
 ]
 Row = dict[str, Any]
@@ -61,7 +64,9 @@ class Summary:
     kept_share_sum: float = 0.0
     square_share_sum: float = 0.0
     words: np.ndarray = field(default_factory=lambda: np.zeros(MOST_WORDS + 1, np.int64))
-    """Kept rows by words of the caption; the last stands for all above."""
+    """Kept captions of kept rows by words; the last stands for all above."""
+    captions_dropped: int = 0
+    """Captions of kept rows that are left out."""
     examples: dict[str, list[Row]] = field(default_factory=dict)
     """Some rows of each reason: those with the smallest keys, which are hashes."""
     pairs: list[tuple[Row, Row]] = field(default_factory=list)
@@ -123,7 +128,9 @@ def _add_kept(summary: Summary, kept: pa.Table) -> None:
     summary.square_shares += np.histogram(square, SHARE_BINS, (0, 1))[0]
     summary.kept_share_sum += float(share.sum())
     summary.square_share_sum += float(square.sum())
-    caption = pc.utf8_trim_whitespace(pc.fill_null(kept.column(Column.CAPTION), ""))
+    told = [kept.column(name) for name in (Column.CAPTIONS, Column.CAPTION_WEIGHTS, Column.CAPTION_REASONS)]
+    summary.captions_dropped += len(out_of_lists(told[2])[1].drop_null())
+    caption = pc.utf8_trim_whitespace(out_of_lists(left(*told)[0])[1])
     words = pc.if_else(pc.equal(caption, ""), 0, pc.add(pc.count_substring_regex(caption, r"\s+"), 1)).to_numpy()
     summary.words += np.bincount(np.minimum(words, MOST_WORDS), minlength=MOST_WORDS + 1)
 

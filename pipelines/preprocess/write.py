@@ -27,7 +27,8 @@ UNIT_SECONDS = "unit_seconds_"  # and these: what each stage took for the unit, 
 FAILURE = "failure"  # column of rows on their way: why a row could not be made, or null
 PAGE_BYTES = 2**30  # more than any column holds
 REWRITERS = 4  # files that are written again at a time
-AMENDED = (Column.REJECT_REASON, Column.REJECT_DETAIL)  # what is decided again for rows that are written
+# What is decided again for rows that are written.
+AMENDED = (Column.CAPTION_REASONS, Column.REJECT_REASON, Column.REJECT_DETAIL)
 
 Amend = Callable[[pa.Table, np.ndarray], pa.Table | None]
 """Rows of a file, with AMENDED among their columns, and where each row's key is among the wanted ones -> the rows with
@@ -201,7 +202,7 @@ def _write_again(
     return name, table.num_rows
 
 
-def _verdicts(table: pa.Table) -> list[list[str | None]]:
+def _verdicts(table: pa.Table) -> list[list[Any]]:
     """What `change` may have altered; part of the new file's name, because a name must mean one content."""
     return [table.column(name).to_pylist() for name in AMENDED if name in table.column_names]
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model.config import Conditioning
+from model.diffusion import generator
 from pipelines.config import CropConfig, Size
 from pipelines.images import content_id, read_crop
 from pipelines.latents import LatentFile
@@ -149,17 +150,17 @@ def _put(target: queue.Queue, item: object, stopped: threading.Event) -> None:
 class LatentReader:
     """Reads latents rows: of each file only the rows that are asked for, straight into the batch."""
 
-    def __init__(self, dataset: Storage, manifest: Manifest, pin: bool = False) -> None:
-        """`pin` puts tensors where a GPU fetches them without waiting for the CPU."""
+    def __init__(self, dataset: Storage, manifest: Manifest, seed: int, pin: bool = False) -> None:
+        """`seed` draws captions; `pin` puts tensors where a GPU fetches them without waiting for the CPU."""
         self.files = data_files(dataset, manifest)
-        self._dataset, self._pin = dataset, pin
+        self._dataset, self._seed, self._pin = dataset, seed, pin
         self._open: OrderedDict[int, LatentFile] = OrderedDict()
         self._lock = threading.Lock()  # sample grids read beside the read-ahead thread
         self._readers = LOCAL_READERS if dataset.is_local else REMOTE_READERS
         self._pool = ThreadPoolExecutor(self._readers)
 
     def read(self, rows: np.ndarray, bucket: Size, first: int) -> LatentBatch:
-        """Rows [B, 2] as tensors in fp16."""
+        """Rows [B, 2] as tensors in fp16, each with the text of one of its captions, drawn by its number in the run."""
         opened = self._files(np.unique(rows[:, 0]).tolist())
         shapes = next(iter(opened.values())).shapes
         tensors = {
@@ -169,10 +170,11 @@ class LatentReader:
 
         targets = {name: tensor.numpy() for name, tensor in tensors.items()}
         places = list(enumerate(rows.tolist()))
+        drawn = [draw_caption(opened[file].chances(row), self._seed, first + place) for place, (file, row) in places]
 
         def read(part: list[tuple[Column, tuple[int, list[int]]]]) -> None:
             for name, (place, (file, row)) in part:
-                opened[file].read_into(name, row, targets[name][place])
+                opened[file].read_into(name, row, drawn[place], targets[name][place])
 
         wanted = list(product(tensors, places))  # a task for each would cost as much as its copy in memory
         list(self._pool.map(read, (wanted[reader :: self._readers] for reader in range(self._readers))))
@@ -216,6 +218,15 @@ class LatentReader:
 
     def _new_file(self, number: int) -> LatentFile:
         return LatentFile(self._dataset, self.files[number].name)
+
+
+def draw_caption(chances: np.ndarray, seed: int, number: int) -> int:
+    """Which of its captions image `number` of a run is seen with. No other draw, and no other image, changes it."""
+    if len(chances) == 1:
+        return 0
+    drawn = torch.rand((), generator=generator("caption choice", seed, number), dtype=torch.float64)
+    ends = np.cumsum(chances, dtype=np.float64)
+    return int(np.searchsorted(ends[:-1], float(drawn) * ends[-1], side="right"))
 
 
 class ImageReader:
@@ -266,7 +277,7 @@ def images_by_bucket(index: Storage, manifest: Manifest) -> list[tuple[DataFile,
     """The rows of the images that an index keeps, by bucket and source, in order, each as if it were a file."""
     rows = kept_rows(index, manifest)
     masks = masks_of_pairs(rows, Column.BUCKET)
-    rows = rows.drop_columns([Column.CAPTION]).combine_chunks()
+    rows = rows.drop_columns([Column.CAPTIONS, Column.CAPTION_WEIGHTS]).combine_chunks()
     groups = []
     for (height, width), mask in masks.items():
         members = rows.filter(mask)

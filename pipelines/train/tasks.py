@@ -105,7 +105,7 @@ class DenoiserTask:
         """`pinned` is the digest of the latents' manifest."""
         dataset = Storage(config.latents, options)
         manifest = require_manifest(dataset, "latents", pinned)
-        self.reader: Reader = LatentReader(dataset, manifest, device.type == "cuda")
+        self.reader: Reader = LatentReader(dataset, manifest, batch.seed, device.type == "cuda")
         self._config, self._batch, self._options, self._device = config, batch, options, device
         self._scaling_factor = float(manifest.facts["vae"]["scaling_factor"])
         self._clip_l_width = networks.text_config(config.text).clip_l.width

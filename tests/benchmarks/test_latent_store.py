@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.captions import in_lists
+from pipelines.latents import OF_CAPTIONS
 from pipelines.preprocess.pipeline import LATENTS_COMPRESSION
 from pipelines.preprocess.write import write_rows
 from pipelines.schema import SCHEMA_VERSION, Column, DataFile, latents_schema, tensor_column, write_manifest
@@ -39,7 +41,8 @@ def table(number: int) -> pa.Table:
     values = {
         Column.KEY: [f"{number}-{row}" for row in range(FILE_ROWS)],
         Column.ID: [f"{number}-{row}" for row in range(FILE_ROWS)],
-        Column.CAPTION: ["a caption"] * FILE_ROWS,
+        Column.CAPTIONS: [["a caption"]] * FILE_ROWS,
+        Column.CAPTION_WEIGHTS: [[1.0]] * FILE_ROWS,
         Column.ORIGINAL_SIZE: pairs,
         Column.CROP_TOP_LEFT: [[0, 0]] * FILE_ROWS,
         Column.TARGET_SIZE: pairs,
@@ -48,9 +51,12 @@ def table(number: int) -> pa.Table:
     }
     tensors = tensors_of(number)
     schema = latents_schema(SHAPES[Column.LATENT_MEAN], SHAPES[Column.CONTEXT], SHAPES[Column.POOLED])
+    places = np.arange(FILE_ROWS)
+    columns = {name: tensor_column(array) for name, array in tensors.items()}
+    for name in OF_CAPTIONS:
+        columns[name] = in_lists(FILE_ROWS, places, columns[name], schema.field(name).type)
     arrays = [
-        tensor_column(tensors[field.name]) if field.name in tensors else pa.array(values[field.name], field.type)
-        for field in schema
+        columns[field.name] if field.name in columns else pa.array(values[field.name], field.type) for field in schema
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
 
@@ -109,15 +115,15 @@ def test_write_and_read(tmp_path: Path) -> None:
     ]
 
     def load() -> None:
-        reader = LatentReader(dataset, manifest)
+        reader = LatentReader(dataset, manifest, seed=0)
         for rows in order:
             reader.read(rows, (1024, 1024), 0)
 
-    reader = LatentReader(dataset, manifest)
+    reader = LatentReader(dataset, manifest, seed=0)
     for rows in order:
         batch = reader.read(rows, (1024, 1024), 0)
         file, row = rows[0]
-        written = tables[file].column(Column.CONTEXT)[row].as_py()
+        (written,) = tables[file].column(Column.CONTEXT)[row].as_py()
         assert batch.context[0].numpy().tobytes() == written
 
     def load_wide() -> None:

@@ -55,7 +55,7 @@ class Ours:
         )
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        reader = LatentReader(self.dataset, require_manifest(self.dataset, "latents"))
+        reader = LatentReader(self.dataset, require_manifest(self.dataset, "latents"), seed=0)
         plan = Plan(reader.files, BatchConfig(global_size=BATCH, micro_size=BATCH))
         for step in range(plan.steps_before(epoch) + start, plan.steps_before(epoch + 1)):
             batch = reader.read(plan.step(step).rows, BUCKET, 0)

@@ -102,6 +102,7 @@ def make_driver(rows: int, folder: Path) -> None:
     """A source, the lists of its tables, and the files of an index and of latents: all but the commits."""
     import pyarrow.parquet as pq
 
+    from pipelines.captions import in_lists
     from pipelines.preprocess.bucket import assign_buckets, bucket_table
     from pipelines.preprocess.sources.listing import list_container, list_inputs
     from pipelines.preprocess.sources.survey import survey
@@ -125,6 +126,7 @@ def make_driver(rows: int, folder: Path) -> None:
     made: dict[str, pa.Array | pa.ChunkedArray] = {name: inputs.column(name) for name in inputs.column_names}
     made |= {
         Column.ID: inputs.column(Column.KEY),
+        Column.CAPTION_REASONS: in_lists(rows, np.arange(rows), pa.nulls(rows, pa.string())),
         Column.ORIGINAL_SIZE: pa.array(list(sides), INDEX_SCHEMA.field(Column.ORIGINAL_SIZE).type),
         Column.FILE_SIZE: pa.array(draws.integers(10_000, 900_000, rows)),
         Column.DISTINCT_PIXELS: pa.array(np.full(rows, 256)),
@@ -211,6 +213,8 @@ def first_and_late(plan: Any) -> None:
 
 def make_worker(rows: int, folder: Path) -> None:
     """Latents of small tensors in files of 64 rows."""
+    from pipelines.captions import in_lists
+    from pipelines.latents import OF_CAPTIONS
     from pipelines.preprocess.write import write_rows
     from pipelines.schema import SCHEMA_VERSION, DataFile, latents_schema, tensor_column, write_manifest
     from pipelines.storage import Storage
@@ -224,17 +228,20 @@ def make_worker(rows: int, folder: Path) -> None:
         name = f"data/x/{bucket[0]}x{bucket[1]}/{number:06d}.parquet"
         keys = [f"{number:016x}{row:016x}" for row in range(count)]
         values = {
-            **dict.fromkeys(("key", "id", "caption"), keys),
+            **dict.fromkeys(("key", "id"), keys),
+            "captions": [[key] for key in keys],
+            "caption_weights": [[1.0]] * count,
             **dict.fromkeys(("original_size", "crop_top_left", "target_size"), [bucket] * count),
             "flip": [False] * count,
             "aesthetic_score": [5.0] * count,
         }
-        arrays = [
-            tensor_column(np.full((count, *TENSORS[field.name]), number, np.float16))
-            if field.name in TENSORS
-            else pa.array(values[field.name], field.type)
-            for field in schema
-        ]
+        arrays = []
+        for field in schema:
+            if field.name in TENSORS:
+                values[field.name] = tensor_column(np.full((count, *TENSORS[field.name]), number, np.float16))
+            if field.name in OF_CAPTIONS:
+                values[field.name] = in_lists(count, np.arange(count), values[field.name], field.type)
+            arrays.append(pa.array(values[field.name], field.type))
         write_rows(pa.Table.from_arrays(arrays, schema=schema), dataset, name, "none")
         return DataFile(name=name, rows=count, bucket=bucket)
 
@@ -256,7 +263,9 @@ def worker(rows: int, folder: Path) -> list[dict[str, Any]]:
     step = Steps()
     manifest = require_manifest(dataset, "latents")
     reader = step(
-        "open the dataset", lambda: LatentReader(dataset, manifest), lambda reader: f"{len(reader.files):,} files"
+        "open the dataset",
+        lambda: LatentReader(dataset, manifest, seed=0),
+        lambda reader: f"{len(reader.files):,} files",
     )
     plan = step(
         "the batch plan", lambda: Plan(reader.files, BatchConfig(global_size=GLOBAL_SIZE, micro_size=GLOBAL_SIZE))

@@ -87,7 +87,9 @@ def test_a_row_of_the_index(tmp_path: Path) -> None:
         Column.KEY: "0" * 32,
         Column.ID: "0" * 32,
         Column.PATH: "folder/0000000000.jpg",
-        Column.CAPTION: "a caption of about a hundred characters, as they are found beside pictures on the web today",
+        Column.CAPTIONS: [
+            "a caption of about a hundred characters, as they are found beside pictures on the web today"
+        ],
         Column.ORIGINAL_SIZE: [1024, 1024],
         Column.BUCKET: [1024, 1024],
         Column.FILE_SIZE: 300_000,
@@ -96,7 +98,7 @@ def test_a_row_of_the_index(tmp_path: Path) -> None:
     rows = []
     for _ in range(INDEX_ROWS):
         caption = "".join(chr(97 + k) for k in draws.integers(0, 26, 100))
-        told = {Column.KEY: draws.bytes(16).hex(), Column.ID: draws.bytes(16).hex(), Column.CAPTION: caption}
+        told = {Column.KEY: draws.bytes(16).hex(), Column.ID: draws.bytes(16).hex(), Column.CAPTIONS: [caption]}
         row = dict.fromkeys(INDEX_SCHEMA.names) | values | told
         empty = {
             field.name: "images" if pa.types.is_string(field.type) else 0

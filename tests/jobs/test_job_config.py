@@ -108,6 +108,16 @@ def wrong(make, kind: type, *overrides: str) -> str:
     return str(error.value)
 
 
+def test_captions_are_a_column_or_several_with_a_weight_each(make):
+    columns = make(PreprocessJob, "source.columns.caption.long=3", "source.columns.caption.short=0.5").source.columns
+    assert columns.caption == {"long": 3.0, "short": 0.5}
+    assert make(PreprocessJob, "source.columns.caption_weights=odds").source.columns.caption_weights == "odds"
+    for wrongly in (["source.columns.caption=''"], ["source.columns.caption.long=3"]):
+        message = wrong(make, PreprocessJob, "source.columns.caption_weights=odds", *wrongly)
+        assert "source.columns.caption_weights: weighs the captions of one column" in message
+    assert "source.columns.caption" in wrong(make, PreprocessJob, "source.columns.caption.long=0")
+
+
 @pytest.mark.parametrize(
     ("kind", "override", "key", "near"),
     [

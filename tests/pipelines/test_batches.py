@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from model.config import Conditioning
+from pipelines.captions import in_lists
 from pipelines.config import CropConfig, SourceConfig
 from pipelines.images import content_id, crop_pixels, draw_crop
+from pipelines.latents import OF_CAPTIONS, TENSORS
 from pipelines.originals import Originals
 from pipelines.preprocess.write import write_rows
 from pipelines.schema import (
@@ -26,11 +28,11 @@ from pipelines.schema import (
 )
 from pipelines.storage import RangeReader, Storage, StorageOptions
 from pipelines.train import batches
-from pipelines.train.batches import ImageReader, LatentReader, Slices
+from pipelines.train.batches import ImageReader, LatentReader, Slices, draw_caption
 from pipelines.train.config import BatchConfig
 from pipelines.train.plan import Plan
 
-CONTEXT, POOLED = (3, 5), (6,)
+CONTEXT, POOLED, SEED = (3, 5), (6,), 5
 BUCKETS = {(16, 24): [4, 3], (24, 16): [5]}  # rows of each file
 
 
@@ -40,13 +42,15 @@ def dataset(tmp_path):
 
 
 def values(number: int, bucket: tuple[int, int]) -> dict:
-    """Row `number` of the dataset: every value of it tells the number."""
+    """Row `number` of the dataset: every value of it tells the number, and those of text which of its captions."""
     height, width = bucket
+    captions = range(1 + number % 3)
     latent = (4, height // 8, width // 8)
     return {
         "key": f"{number:04}",
         "id": f"id{number}",
-        "caption": f"caption {number}",
+        "captions": [f"caption {number} {k}" for k in captions],
+        "caption_weights": [(k + 1) / sum(n + 1 for n in captions) for k in captions],
         "original_size": [100 + number, 200 + number],
         "crop_top_left": [number, 0],
         "target_size": list(bucket),
@@ -54,8 +58,8 @@ def values(number: int, bucket: tuple[int, int]) -> dict:
         "aesthetic_score": None if number == 2 else number / 2,
         "latent_mean": np.full(latent, number + 0.25, np.float16),
         "latent_std": np.full(latent, number + 0.5, np.float16),
-        "context": np.arange(15, dtype=np.float16).reshape(CONTEXT) + number,
-        "pooled": np.arange(6, dtype=np.float16) - number,
+        "context": [np.arange(15, dtype=np.float16).reshape(CONTEXT) + number + 100 * k for k in captions],
+        "pooled": [np.arange(6, dtype=np.float16) - number - 100 * k for k in captions],
     }
 
 
@@ -67,12 +71,16 @@ def latents(dataset: Storage):
             name = f"data/x/{bucket[0]}x{bucket[1]}/{file}.parquet"
             rows = [values(number + k, bucket) for k in range(count)]
             schema = latents_schema(rows[0]["latent_mean"].shape, CONTEXT, POOLED)
-            columns = [
-                tensor_column(np.stack([row[field.name] for row in rows]))
-                if pa.types.is_fixed_size_binary(field.type)
-                else pa.array([row[field.name] for row in rows], field.type)
-                for field in schema
-            ]
+            columns = []
+            for field in schema:
+                told = [row[field.name] for row in rows]
+                if field.name in OF_CAPTIONS:
+                    places = np.repeat(np.arange(count), [len(values) for values in told])
+                    columns.append(in_lists(count, places, tensor_column(np.concatenate(told)), field.type))
+                elif field.name in TENSORS:
+                    columns.append(tensor_column(np.stack(told)))
+                else:
+                    columns.append(pa.array(told, field.type))
             write_rows(pa.Table.from_arrays(columns, schema=schema), dataset, name, "none")
             listed.append(DataFile(name=name, rows=count, bucket=bucket))
             firsts[name] = number
@@ -83,7 +91,7 @@ def latents(dataset: Storage):
 
 @pytest.fixture
 def reader(dataset):
-    return LatentReader(dataset, latents(dataset)[0])
+    return LatentReader(dataset, latents(dataset)[0], SEED)
 
 
 def numbers(batch) -> list[int]:
@@ -96,12 +104,15 @@ def alive() -> list[threading.Thread]:
 
 def test_a_batch_holds_exactly_the_rows_that_were_asked_for(dataset):
     manifest, firsts = latents(dataset)
-    reader = LatentReader(dataset, manifest)
+    reader = LatentReader(dataset, manifest, SEED)
     wide = [n for n, file in enumerate(reader.files) if file.bucket == (16, 24)]
     rows = np.array([[wide[0], 1], [wide[0], 2], [wide[1], 0]])
     batch = reader.read(rows, (16, 24), first=40)
     assert reader.names(rows[::-1]) == [f"{firsts[reader.files[file].name] + row:04}" for file, row in rows[::-1]]
     expected = [values(firsts[reader.files[file].name] + row, (16, 24)) for file, row in rows.tolist()]
+    for place, row in enumerate(expected):
+        drawn = draw_caption(np.array(row["caption_weights"]), SEED, 40 + place)
+        row |= {name: row[name][drawn] for name in OF_CAPTIONS}
     assert (batch.first, batch.bucket) == (40, (16, 24))
     for name, tensor in (
         ("latent_mean", batch.mean),
@@ -122,9 +133,31 @@ def test_scores_are_one_column_and_missing_ones_are_not_a_number(reader):
     assert math.isnan(scores[2, 0])
 
 
+def test_captions_are_drawn_by_their_weights_and_an_images_draw_depends_on_its_number_alone(dataset, reader):
+    def drawn(batch) -> list[int]:
+        return [
+            int(value - number) // 100 for value, number in zip(batch.context[:, 0, 0], numbers(batch), strict=True)
+        ]
+
+    weights = np.array([0.125, 0.0, 0.5, 0.375])
+    counts = np.bincount([draw_caption(weights, 1, number) for number in range(5_000)], minlength=4) / 5_000
+    np.testing.assert_allclose(counts, weights, atol=0.021)  # three deviations
+    plan = Plan(reader.files, BatchConfig(global_size=6, micro_size=6))
+    seen: dict[int, set[int]] = {}
+    for step in range(80):
+        planned = plan.step(step)
+        whole = reader.read(planned.rows, planned.bucket, step * 6)
+        assert torch.equal(whole.context[:, 0, 0], -whole.pooled[:, 0])  # both are of the same caption
+        halves = [reader.read(planned.rows[k : k + 3], planned.bucket, step * 6 + k) for k in (3, 0)]  # two workers
+        assert drawn(whole) == drawn(halves[1]) + drawn(halves[0])
+        for number, caption in zip(numbers(whole), drawn(whole), strict=True):
+            seen.setdefault(number, set()).add(caption)
+    assert seen == {number: set(range(1 + number % 3)) for number in range(12)}
+
+
 def test_rows_in_the_order_of_the_plan_keep_it(dataset):
     manifest, firsts = latents(dataset)
-    reader = LatentReader(dataset, manifest)
+    reader = LatentReader(dataset, manifest, SEED)
     plan = Plan(reader.files, BatchConfig(global_size=6, micro_size=6))
     for step in range(12):
         planned = plan.step(step)
@@ -134,7 +167,7 @@ def test_rows_in_the_order_of_the_plan_keep_it(dataset):
 
 def test_files_that_were_closed_are_opened_again(dataset, monkeypatch):
     manifest, _ = latents(dataset)
-    plenty, scarce = LatentReader(dataset, manifest), LatentReader(dataset, manifest)
+    plenty, scarce = LatentReader(dataset, manifest, SEED), LatentReader(dataset, manifest, SEED)
     plan = Plan(plenty.files, BatchConfig(global_size=3, micro_size=3))
     expected = [numbers(plenty.read(plan.step(n).rows, plan.step(n).bucket, 0)) for n in range(12)]
     monkeypatch.setattr(batches, "OPEN_FILES", 1)
@@ -161,7 +194,7 @@ def test_latents_on_s3_are_the_same(reader, dataset, s3):
     remote = Storage(f"s3://{s3.bucket}/loader", options)
     for file in dataset.list():
         remote.write(file.name, dataset.read(file.name))
-    there = LatentReader(remote, require_manifest(remote, "latents"))
+    there = LatentReader(remote, require_manifest(remote, "latents"), SEED)
     plan = Plan(reader.files, BatchConfig(global_size=3, micro_size=3))
     for number in range(6):
         planned = plan.step(number)
@@ -186,8 +219,9 @@ def test_a_file_of_another_layout_is_refused_or_ends_in_an_error(dataset, reader
         buffer = io.BytesIO()
         pq.write_table(table, buffer, use_dictionary=False, write_statistics=False, **settings)
         dataset.write(name, buffer.getvalue())
+    again = LatentReader(dataset, require_manifest(dataset, "latents"), SEED)
     with pytest.raises(ValueError, match="make the latents anew" if change != "cut short" else "Parquet"):
-        LatentReader(dataset, require_manifest(dataset, "latents")).read(np.array([[0, 0]]), reader.files[0].bucket, 0)
+        again.read(np.array([[0, 0]]), reader.files[0].bucket, 0)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -249,7 +283,7 @@ def images(tmp_path, dataset):
         image_id = content_id(buffer.getvalue())
         pictures[image_id] = (picture, bucket)
         known = {"key": f"{number}", "id": image_id, "source": "source", "path": f"{number}.png"}
-        known |= {"caption": "c", "file_size": 1}
+        known |= {"captions": ["c"], "caption_weights": [1.0], "caption_reasons": [None], "file_size": 1}
         sizes = {"original_size": [picture.height, picture.width], "bucket": list(bucket)}
         rejected = {"reject_reason": "too_small" if number == 1 else None}
         rows.append(dict.fromkeys(INDEX_SCHEMA.names) | known | sizes | rejected)

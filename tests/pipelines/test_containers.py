@@ -36,11 +36,17 @@ def inputs(*sources: SourceConfig) -> pa.Table:
     return table
 
 
+def caption_of(row: dict) -> str | None:
+    """The caption of an image that has no more than one."""
+    (caption,) = row["captions"] or [None]
+    return caption
+
+
 def listed(config: SourceConfig) -> list[tuple]:
     """(path, caption, the image's bytes or the problem) of each input."""
     originals = Originals([config], OPTIONS)
     rows = inputs(config).to_pylist()
-    return [(row["path"], row["caption"], row["problem"] or originals.read(row)) for row in rows]
+    return [(row["path"], caption_of(row), row["problem"] or originals.read(row)) for row in rows]
 
 
 def contents(count: int, seed: int = 0) -> list[bytes]:
@@ -233,7 +239,7 @@ def test_nothing_is_fetched_from_the_web(tmp_path, address):
         ({"image": [b"a"], "text": ["c"]}, {}, "source.columns.caption is 'caption', and there is only image, text"),
         ({"image": [[b"a"]], "caption": ["c"]}, {}, "image is of type list"),
         ({"image": [1], "caption": ["c"]}, {}, "image is of type int64; bytes, names of files"),
-        ({"image": [b"a"], "caption": [["c"]]}, {}, "caption is of type list.*, and string was expected"),
+        ({"image": [b"a"], "caption": [[["c"]]]}, {}, "caption is of type list.*, and string was expected"),
         ({"image": [b"a"], "caption": ["c"], "aesthetic_score": ["high"]}, {}, "aesthetic_score is of type string"),
         ({"image": [b"a"], "caption": ["c"], "s": [float("inf")]}, {"scores": {"s": "s"}}, "s is infinite in row 0"),
     ],
@@ -244,11 +250,72 @@ def test_a_table_with_other_columns_is_refused_with_what_there_is(tmp_path, tabl
         inputs(source(tmp_path, **columns))
 
 
+def weighed(config: SourceConfig) -> list[dict[str, float]]:
+    return [dict(zip(row["captions"], row["caption_weights"], strict=True)) for row in inputs(config).to_pylist()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved"),  # Arrow cannot read a null of a fixed-size list back from Parquet
+    [(pa.list_, False), (pa.large_list, False), (pa.list_, True), (lambda text: pa.list_(text, 2), True)],
+)
+def test_a_tables_row_may_have_a_list_of_captions_and_one_of_weights(tmp_path, kind, saved):
+    captions = [[" a cat ", "a pet"], [None, "left"], None, ["same", "same"], ["never", "ever"], ["alike", "too"]]
+    weights = [[3, 1], [5, 2], None, [1, 1], [0, 1], None]
+    columns = {
+        "image": [b"x"] * 6,
+        "captions": pa.array(captions, kind(pa.string())),
+        "odds": weights,
+        "tag": list("abcdef"),
+    }
+    if saved:
+        save_dataset(tmp_path / "saved", pa.table(columns))
+    else:
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=4)
+    place = tmp_path / "saved" if saved else tmp_path
+    assert weighed(source(place, caption="captions", caption_weights="odds")) == [
+        {"a cat": 3, "a pet": 1},
+        {"left": 2},
+        {},
+        {"same": 2},
+        {"ever": 1},
+        {"alike": 0.5, "too": 0.5},
+    ]
+    shared = weighed(source(place, caption={"captions": 2.0, "tag": 1.0}))
+    assert shared[:4] == [{"a cat": 1, "a pet": 1, "a": 1}, {"left": 2, "b": 1}, {"c": 1}, {"same": 2, "d": 1}]
+
+
+@pytest.mark.parametrize(
+    ("odds", "words"),
+    [
+        ([[1.0]], "row 1: caption has 2, and odds 1"),
+        ([[1.0, -2.0]], r"row 1: odds holds -2\.0, and weights are numbers, 0 or more"),
+        ([[1.0, float("nan")]], "row 1: odds holds nan"),
+        (["x"], "odds is of type string, and double was expected"),
+    ],
+)
+def test_weights_that_do_not_fit_their_captions_are_refused_by_row(tmp_path, odds, words):
+    table = {"image": [b"x"] * 2, "caption": [None, ["a", "b"]], "odds": [None, *odds]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=words):
+        inputs(source(tmp_path, caption_weights="odds"))
+
+
+def test_a_tars_json_may_have_a_list_of_captions_and_its_text_one_in_each_line(tmp_path):
+    told = sample("1", b"x", caption=["a cat", "a pet"], odds=[1, 3])
+    write_tar(tmp_path / "a.tar", [*told, ("2.jpg", b"y"), ("2.txt", b"one\ntwo\n")])
+    assert weighed(source(tmp_path, caption_weights="odds")) == [{"a cat": 1, "a pet": 3}, {"one\ntwo": 1}]
+    assert weighed(source(tmp_path, caption_per_line=True))[1] == {"one": 0.5, "two": 0.5}
+    assert weighed(source(tmp_path, caption={"caption": 1.0, "txt": 1.0}, caption_per_line=True))[1] == {
+        "one": 0.5,
+        "two": 0.5,
+    }
+
+
 def test_scores_of_a_table_are_numbers_of_any_width_and_nan_is_none(tmp_path):
     scores = {"p": pa.array([0.5, float("nan"), None]), "aesthetic_score": pa.array([1, 2, None], pa.int8())}
     pq.write_table(pa.table({"image": [b"a", b"b", b"c"], "caption": [1, 2, 3], **scores}), tmp_path / "a.parquet")
     rows = inputs(source(tmp_path, scores={"q": "p"})).to_pylist()
-    assert [(row["caption"], row["aesthetic_score"], row["scores"]) for row in rows] == [
+    assert [(caption_of(row), row["aesthetic_score"], row["scores"]) for row in rows] == [
         ("1", 1.0, [("q", 0.5)]),
         ("2", 2.0, []),
         ("3", None, []),
@@ -397,7 +464,7 @@ def test_kinds_mix_and_what_is_measured_lies_where_the_index_says(tmp_path):
     rows = measure(inputs(*sources), originals, FilterConfig())
     assert rows.schema == INDEX_SCHEMA
     kept = [row for row in rows.to_pylist() if row["reject_reason"] is None]
-    assert [(row["source"], row["caption"]) for row in kept] == list(
+    assert [(row["source"], caption_of(row)) for row in kept] == list(
         zip([one.name for one in sources], colours, strict=True)
     )
     assert [originals.read(row) for row in kept] == [png(colour) for colour in colours]

@@ -16,6 +16,7 @@ from pipelines.images import content_id, crop_pixels, draw_crop
 from pipelines.originals import Originals
 from pipelines.preprocess.config import EncodeConfig
 from pipelines.preprocess.encode import PIXELS, Encoder, crop_images
+from pipelines.preprocess.pipeline import _check_text_fits
 from pipelines.preprocess.write import FAILURE, cut, keys_of, stored, write_units
 from pipelines.schema import INDEX_SCHEMA, latents_schema, tensor_array
 from pipelines.storage import Storage, StorageOptions
@@ -46,14 +47,16 @@ def originals(source: Storage) -> Originals:
     return Originals([SourceConfig(path=source.uri)], source.options)
 
 
-def kept(source: Storage, captions: list[str]) -> pa.Table:
-    """One unit of index rows, as the latents stage receives it."""
+def kept(source: Storage, captions: list[str | list[str]]) -> pa.Table:
+    """One unit of index rows, as the latents stage receives it; an image has one caption, or a list of them."""
     rows = []
     for number, caption in enumerate(captions):
         buffer = io.BytesIO()
         picture(number).save(buffer, "PNG")
         source.write(f"{number}.png", buffer.getvalue())
-        known = {"key": f"k{number}", "id": content_id(buffer.getvalue()), "caption": caption}
+        known = {"key": f"k{number}", "id": content_id(buffer.getvalue())}
+        texts = [caption] if isinstance(caption, str) else caption
+        known |= {"captions": texts, "caption_weights": [1 / len(texts)] * len(texts)}
         known |= {"source": "source", "path": f"{number}.png"}
         sizes = {"original_size": [20 + number, 50], "bucket": list(BUCKET), "aesthetic_score": number + 0.5}
         rows.append(known | sizes)
@@ -92,7 +95,7 @@ def test_rows_are_encoded_as_one_image_and_one_caption_at_a_time_would_be(source
     rows = crop_images(kept(source, captions), originals(source), CROP, 10_000)
     latents = encoder(rows)
     assert latents.column("key").to_pylist() == [f"k{n}" for n in range(5)]
-    assert latents.column("caption").to_pylist() == captions
+    assert latents.column("captions").to_pylist() == [[caption] for caption in captions]
     vae, text = networks.vae(VAE, StorageOptions()), networks.text_encoders(TEXT)
     mean, std = tensor_array(latents, "latent_mean"), tensor_array(latents, "latent_std")
     context, pooled = tensor_array(latents, "context"), tensor_array(latents, "pooled")
@@ -111,6 +114,21 @@ def test_rows_are_encoded_as_one_image_and_one_caption_at_a_time_would_be(source
                 np.testing.assert_allclose(found, expected[0].numpy(), rtol=2e-3, atol=2e-3)
     assert np.array_equal(context[0], context[2])
     assert not np.array_equal(context[0], context[1])
+
+
+def test_an_image_of_several_captions_has_the_text_of_each_and_distinct_ones_are_encoded_once(source, encoder):
+    captions = [["a cat", "a pet"], ["a dog"], ["a pet", "a dog", "a beast"]]
+    seen: list[int] = []
+    with encoder.text.register_forward_hook(lambda layer, tokens, features: seen.append(len(features.pooled))):
+        latents = encoder(crop_images(kept(source, captions), originals(source), CROP, 10_000))
+    assert sum(seen) == 4
+    assert latents.column("captions").to_pylist() == captions
+    alone = encoder(crop_images(kept(source, ["a cat", "a pet", "a dog", "a beast"]), originals(source), CROP, 10_000))
+    for name in ("context", "pooled"):
+        assert [len(texts) for texts in latents.column(name).to_pylist()] == [2, 1, 3]
+        np.testing.assert_allclose(
+            tensor_array(latents, name), tensor_array(alone, name)[[0, 1, 2, 1, 2, 3]], rtol=2e-3, atol=2e-3
+        )
 
 
 def test_latents_are_the_posteriors_and_not_scaled(source, encoder):
@@ -135,7 +153,7 @@ def test_failed_rows_pass_through_to_the_report(source, encoder, tmp_path, gone)
 def test_a_written_file_has_the_schema_of_latents(source, encoder, tmp_path):
     dataset = Storage(str(tmp_path / "dataset"))
     write_units(
-        encoder(crop_images(kept(source, ["a", "b"]), originals(source), CROP, 10_000)), dataset, "data/x", "lz4"
+        encoder(crop_images(kept(source, [["a", "c"], "b"]), originals(source), CROP, 10_000)), dataset, "data/x", "lz4"
     )
     (file,) = dataset.list()
     written, expected = dataset.read_table(file.name).schema, latents_schema(*SHAPES)
@@ -176,3 +194,11 @@ def test_an_image_that_overflows_in_float16_is_named_with_the_remedy_and_the_oth
             np.testing.assert_allclose(one, other, rtol=0.01, atol=0.01)
     (report,) = write_units(latents, Storage(str(tmp_path / "dataset")), "data/x", "lz4").to_pylist()
     assert [(failure["path"], failure[FAILURE]) for failure in report["failures"]] == [("1.png", reason)]
+
+
+def test_a_file_whose_text_would_not_fit_a_page_is_refused_before_anything_is_encoded():
+    unit = pa.table({"captions": [[str(n) for n in range(5_000)]] * 16})
+    tiny = TEXT_PRESETS["tiny"]
+    _check_text_fits([unit.slice(0, 14), unit.slice(0, 1)], tiny)
+    with pytest.raises(ValueError, match=r"rows_per_file: 16 images with 80000 captions .* set it to 14 or less"):
+        _check_text_fits([unit.slice(0, 1), unit], tiny)

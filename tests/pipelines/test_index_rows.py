@@ -43,7 +43,7 @@ def claiming(width: int, height: int) -> bytes:
 
 
 def input_row(path: str) -> pa.Table:
-    known = {"key": "k", "source": "source", "path": path, "caption": "c", "file_size": 7}
+    known = {"key": "k", "source": "source", "path": path, "captions": ["c"], "caption_weights": [1.0], "file_size": 7}
     return pa.Table.from_pylist([dict.fromkeys(INPUT_SCHEMA.names) | known], INPUT_SCHEMA)
 
 
@@ -80,7 +80,7 @@ def test_a_good_image_is_measured_and_kept(index):
     row = index({"a.png": data})["a.png"]
     assert row["id"] == content_id(data)
     assert row["original_size"] == [30, 40]
-    assert row["caption"] == "a caption"
+    assert (row["captions"], row["caption_weights"], row["caption_reasons"]) == (["a caption"], [1.0], [None])
     assert (row["reject_reason"], row["reject_detail"]) == (None, None)
 
 
@@ -194,7 +194,7 @@ def test_a_file_that_went_since_it_was_listed_is_unreadable(tmp_path):
 
 def test_a_rejected_row_keeps_what_is_known_about_it(index):
     row = index({"a.png": png(7, 40)}, min_side=8)["a.png"]
-    assert (row["original_size"], row["caption"], row["id"] is None) == ([7, 40], "a caption", False)
+    assert (row["original_size"], row["captions"], row["id"] is None) == ([7, 40], ["a caption"], False)
     rows = INDEX_SCHEMA.empty_table().from_pylist([row], INDEX_SCHEMA)
     assert assign_buckets(rows, ((8, 8), (8, 32))).column("bucket").to_pylist() == [[8, 32]]
 

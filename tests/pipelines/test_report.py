@@ -37,7 +37,8 @@ class Dataset:
 
     def __init__(self, folder: Path, rows: list[dict[str, Any]], bits: int | None = None) -> None:
         self.index, self.images = Storage(str(folder / "index")), Storage(str(folder / "images"))
-        blank = dict.fromkeys(INDEX_SCHEMA.names) | {"source": "photos", "file_size": 1, "caption": "two words"}
+        blank = dict.fromkeys(INDEX_SCHEMA.names) | {"source": "photos", "file_size": 1}
+        blank |= {"captions": ["two words"], "caption_weights": [1.0]}
         rows = [blank | {"key": f"{n:03}", "path": f"{n:03}.png", "id": f"{n:03}"} | row for n, row in enumerate(rows)]
         judged = decide(pa.Table.from_pylist(rows, INDEX_SCHEMA), FilterConfig(near_duplicate_bits=bits))
         names = ["data/x/a.parquet", "data/x/b.parquet"]
@@ -76,8 +77,8 @@ def dataset(tmp_path) -> Dataset:
         rows.append({"original_size": size, "bucket": bucket, **looks(image)})
     rows[4]["id"] = "000"
     rows[5]["source"] = "others"
-    rows[2]["caption"] = SCRIPT
-    rows.append({"original_size": [20, 20], "bucket": [128, 128], "caption": "", "distinct_pixels": 9})
+    rows[2]["captions"] = [SCRIPT]
+    rows.append({"original_size": [20, 20], "bucket": [128, 128], "captions": [""], "distinct_pixels": 9})
     rows.append({"id": None, "reject_reason": "unreadable", "reject_detail": f"cut short {SCRIPT}"})
     rows.append({"original_size": [20, 20], "bucket": [128, 128], "distinct_pixels": 1})
     return Dataset(tmp_path, rows, bits=4)

@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipelines.captions import WEIGHTS, in_lists
 from pipelines.schema import (
     INDEX_SCHEMA,
     MANIFEST,
@@ -32,7 +33,9 @@ ROW = {
     "id": "i",
     "source": "source",
     "path": "a.png",
-    "caption": "a cat",
+    "captions": ["a cat"],
+    "caption_weights": [1.0],
+    "caption_reasons": [None],
     "original_size": [30, 40],
     "bucket": [64, 64],
     "aesthetic_score": 5.5,
@@ -40,6 +43,7 @@ ROW = {
     "reject_reason": None,
     "reject_detail": None,
 }
+TWO = {"captions": ["a cat", "a dog"], "caption_weights": [1.0, 3.0], "caption_reasons": [None, None]}
 LATENTS = latents_schema((4, 2, 3), (5, 6), (7,))
 
 
@@ -130,7 +134,8 @@ def test_the_latents_schema_survives_parquet_with_its_shapes(dataset):
     columns = {
         "key": ["a", "b"],
         "id": ["i", "j"],
-        "caption": ["c", "d"],
+        "captions": [["c"], ["d", "e"]],
+        "caption_weights": pa.array([[1.0], [0.25, 0.75]], WEIGHTS),
         "original_size": pa.array([[1, 2], [3, 4]], LATENTS.field("original_size").type),
         "crop_top_left": pa.array([[0, 1], [2, 0]], LATENTS.field("crop_top_left").type),
         "target_size": pa.array([[8, 8], [8, 8]], LATENTS.field("target_size").type),
@@ -138,8 +143,10 @@ def test_the_latents_schema_survives_parquet_with_its_shapes(dataset):
         "aesthetic_score": pa.array([None, 5.0], pa.float32()),
         "latent_mean": tensor_column(tensors(2, 4, 2, 3, seed=1)),
         "latent_std": tensor_column(tensors(2, 4, 2, 3, seed=2)),
-        "context": tensor_column(tensors(2, 5, 6, seed=3)),
-        "pooled": tensor_column(tensors(2, 7, seed=4)),
+        "context": in_lists(
+            2, np.array([0, 1, 1]), tensor_column(tensors(3, 5, 6, seed=3)), LATENTS.field("context").type
+        ),
+        "pooled": in_lists(2, np.array([0, 1, 1]), tensor_column(tensors(3, 7, seed=4)), LATENTS.field("pooled").type),
     }
     table = pa.table(columns, schema=LATENTS)
     dataset.write_table("a.parquet", table)
@@ -148,7 +155,7 @@ def test_the_latents_schema_survives_parquet_with_its_shapes(dataset):
     assert [field.metadata for field in back.schema] == [field.metadata for field in LATENTS]
     assert back.equals(table)
     shapes = {name: tensor_array(back, Column(name)).shape for name in ("latent_mean", "context", "pooled")}
-    assert shapes == {"latent_mean": (2, 4, 2, 3), "context": (2, 5, 6), "pooled": (2, 7)}
+    assert shapes == {"latent_mean": (2, 4, 2, 3), "context": (3, 5, 6), "pooled": (3, 7)}
 
 
 def test_a_digest_is_the_same_on_every_machine():
@@ -234,7 +241,9 @@ def test_a_dataset_of_another_kind_is_refused(dataset):
 
 def test_a_dataset_of_another_schema_is_refused(dataset):
     commit(dataset, "data/a", fingerprint={"schema": SCHEMA_VERSION + 1})
-    with pytest.raises(ValueError, match=f"schema {SCHEMA_VERSION + 1}"):
+    with pytest.raises(
+        ValueError, match=rf"schema {SCHEMA_VERSION + 1}, .* reads {SCHEMA_VERSION}: make it anew with jobs.preprocess"
+    ):
         read_manifest(dataset, "index")
 
 
@@ -245,7 +254,14 @@ def test_kept_rows_are_those_without_a_reason(dataset):
 
 @pytest.mark.parametrize(
     "change",
-    [{"id": "j"}, {"caption": "a dog"}, {"bucket": [64, 128]}, {"aesthetic_score": 5.6}, {"bucket": [128, 64]}],
+    [
+        {"id": "j"},
+        {"captions": ["a dog"]},
+        TWO,
+        {"bucket": [64, 128]},
+        {"aesthetic_score": 5.6},
+        {"bucket": [128, 64]},
+    ],
 )
 def test_a_latents_key_changes_with_what_its_row_is_made_of(dataset, change):
     (before,) = kept(dataset, index_rows({})).column("key").to_pylist()
@@ -259,8 +275,21 @@ def test_a_latents_key_stays_where_the_row_would_be_the_same(dataset, change):
     assert kept(dataset, index_rows(change)).column("key").to_pylist() == before
 
 
+def test_kept_rows_have_the_captions_that_are_kept_and_their_chances(dataset):
+    bare = {"captions": [], "caption_weights": [], "caption_reasons": []}
+    rows = index_rows(
+        TWO, TWO | {"caption_reasons": ["long_caption", None]}, TWO | {"caption_reasons": ["x", "x"]}, bare
+    )
+    one, *others = (kept(dataset, rows.slice(place, 1)).to_pylist()[0] for place in range(4))
+    assert (one["captions"], one["caption_weights"]) == (["a cat", "a dog"], [0.25, 0.75])
+    found = [(row["captions"], row["caption_weights"]) for row in others]
+    assert found == [(["a dog"], [1.0]), ([""], [1.0]), ([""], [1.0])]
+    heavier = kept(dataset, index_rows(TWO | {"caption_weights": [2.0, 6.0]})).to_pylist()[0]
+    assert heavier["key"] == one["key"]
+
+
 def test_kept_rows_do_not_depend_on_the_files_they_lie_in(dataset):
-    rows = [{"id": f"{n}", "source": "s", "path": f"{n}.png", "caption": f"c{n % 3}"} for n in range(12)]
+    rows = [{"id": f"{n}", "source": "s", "path": f"{n}.png", "captions": [f"c{n % 3}"]} for n in range(12)]
     whole = kept(dataset, index_rows(*rows))
     assert whole.column("key").to_pylist() == sorted(set(whole.column("key").to_pylist()))
     random.Random(0).shuffle(rows)

@@ -40,11 +40,18 @@ def config(folder, name: str = "source", **columns) -> SourceConfig:
     return SourceConfig(name=name, path=str(folder), columns=ColumnsConfig(**columns))
 
 
+def caption_of(row: dict) -> str | None:
+    """The caption of an image that has no more than one."""
+    (caption,) = row["captions"] or [None]
+    return caption
+
+
 def captions(folder, **columns) -> dict[str, str | None]:
     """Of each image, as the index has it; the images themselves are no images here."""
     originals = Originals([config(folder)], StorageOptions())
-    rows = measure(read(folder, **columns), originals, FilterConfig()).to_pylist()
-    return {row["path"]: row["caption"] for row in rows}
+    return {
+        row["path"]: caption_of(row) for row in measure(read(folder, **columns), originals, FilterConfig()).to_pylist()
+    }
 
 
 def test_captions_and_scores_come_from_metadata(folder):
@@ -52,9 +59,9 @@ def test_captions_and_scores_come_from_metadata(folder):
     describe(folder, {"file_name": "deep/b.jpg", "caption": " a dog ", "aesthetic_score": 4}, {"file_name": "a.png"})
     table = read(folder)
     assert table.schema == INPUT_SCHEMA
-    assert table.select(["path", "caption", "aesthetic_score", "file_size"]).to_pylist() == [
-        {"path": "a.png", "caption": None, "aesthetic_score": None, "file_size": 6},
-        {"path": "deep/b.jpg", "caption": "a dog", "aesthetic_score": 4.0, "file_size": 6},
+    assert table.select(["path", "captions", "aesthetic_score", "file_size"]).to_pylist() == [
+        {"path": "a.png", "captions": [], "aesthetic_score": None, "file_size": 6},
+        {"path": "deep/b.jpg", "captions": ["a dog"], "aesthetic_score": 4.0, "file_size": 6},
     ]
 
 
@@ -62,7 +69,7 @@ def test_columns_of_metadata_may_have_other_names(folder):
     put(folder, "a.png")
     describe(folder, {"file_name": "a.png", "text": "a cat", "beauty": 7.5})
     (row,) = read(folder, caption="text", aesthetic_score="beauty").to_pylist()
-    assert (row["caption"], row["aesthetic_score"]) == ("a cat", 7.5)
+    assert (caption_of(row), row["aesthetic_score"]) == ("a cat", 7.5)
 
 
 def test_further_scores_come_under_the_names_that_the_settings_give_them(folder):
@@ -82,7 +89,7 @@ def test_metadata_may_be_csv(folder):
     csv(folder, '\ufefffile_name,caption,beauty\r\na.png,"one, ""two""\nthree",4.5\r\n\r\nb.png,12,\r\nc.png,,1\r\n')
     put(folder, "c.txt", data=b"beside")
     rows = read(folder, aesthetic_score="beauty").to_pylist()
-    assert [(row["caption"], row["aesthetic_score"]) for row in rows] == [
+    assert [(caption_of(row), row["aesthetic_score"]) for row in rows] == [
         ('one, "two"\nthree', 4.5),
         ("12", None),
         (None, 1.0),
@@ -166,7 +173,7 @@ def test_a_file_that_metadata_names_and_nobody_has_is_an_input(folder):
     describe(folder, {"file_name": "gone.png", "caption": "gone"}, {"file_name": "a.png", "caption": "here"})
     rows = {row["path"]: row for row in read(folder).to_pylist()}
     assert (rows["gone.png"]["file_size"], rows["gone.png"]["problem"]) == (-1, "there is no such file")
-    assert rows["gone.png"]["caption"] == "gone"
+    assert caption_of(rows["gone.png"]) == "gone"
     assert len(rows) == 2
 
 
@@ -203,7 +210,7 @@ def test_sources_may_hold_the_same_names_and_keep_their_own_columns(tmp_path):
     sources = [config(two, "two", caption="text"), config(one, "one")]
     table = inputs(*sources)
     rows = table.to_pylist()
-    assert [(row["source"], row["path"], row["caption"]) for row in rows] == [
+    assert [(row["source"], row["path"], caption_of(row)) for row in rows] == [
         ("two", "a.png", "a cat"),
         ("one", "a.png", None),
         ("one", "b.png", None),
@@ -214,7 +221,7 @@ def test_sources_may_hold_the_same_names_and_keep_their_own_columns(tmp_path):
     originals = Originals(sources, StorageOptions())
     assert [originals.read(row) for row in rows] == [b"other pixels", b"pixels", b"pixels"]
     measured = measure(inputs(*sources), originals, FilterConfig())
-    assert measured.column("caption").to_pylist() == ["a cat", "beside in one", None]
+    assert measured.column("captions").to_pylist() == [["a cat"], ["beside in one"], []]
 
 
 def test_a_source_that_the_settings_lack_is_named(folder):
@@ -295,3 +302,73 @@ def test_windows_line_ends_and_a_byte_order_mark_are_read(folder):
     rows = [json.dumps({"file_name": name, "caption": name[0]}) for name in ("a.png", "b.png")]
     put(folder, "metadata.jsonl", data=b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
     assert captions(folder) == {"a.png": "a", "b.png": "b"}
+
+
+def weighed(rows) -> list[dict[str, float]]:
+    """Captions and weights of each row."""
+    told = [(row["captions"] or [], row["caption_weights"] or []) for row in rows.to_pylist()]
+    assert all(len(set(captions)) == len(captions) for captions, _ in told)
+    return [dict(zip(*both, strict=True)) for both in told]
+
+
+def test_a_line_of_metadata_may_give_several_captions_with_their_weights(folder):
+    put(folder, *(f"{name}.png" for name in "abcdef"))
+    described = [
+        {"file_name": "a.png", "caption": [" a cat ", "a pet", None], "odds": [3, 1, 9]},
+        {"file_name": "b.png", "caption": ["one", "two", "one", "never"], "odds": [1, 2, 0.5, 0]},
+        {"file_name": "c.png", "caption": ["alike", "too"]},
+        {"file_name": "d.png", "caption": "alone", "odds": 5},
+        {"file_name": "e.png", "caption": [], "odds": []},
+    ]
+    describe(folder, *described)
+    put(folder, "e.txt", "f.txt", data=b"beside")
+    rows = read(folder, caption_weights="odds")
+    assert weighed(rows)[:5] == [
+        {"a cat": 3, "a pet": 1},
+        {"one": 1.5, "two": 2},
+        {"alike": 0.5, "too": 0.5},
+        {"alone": 5},
+        {},
+    ]
+    measured = measure(rows, Originals([config(folder)], StorageOptions()), FilterConfig())
+    assert weighed(measured)[4:] == [{"beside": 1}] * 2
+    assert [len(told["caption_reasons"]) for told in measured.to_pylist()] == [2, 2, 2, 1, 1, 1]
+    for wrong, words in (
+        ({"odds": [1]}, "caption has 2, and odds 1"),
+        ({"odds": [1, -1]}, "odds holds -1, and weights are numbers, 0 or more"),
+        ({"odds": [1, "2"]}, "odds holds '2'"),
+        ({"caption": ["a", ["b"]]}, r"caption holds \['b'\], and texts were expected"),
+        ({"caption": {"en": "a"}}, "caption holds {'en': 'a'}"),
+    ):
+        describe(folder, *described[:2], described[2] | wrong)
+        with pytest.raises(ValueError, match=f"metadata.jsonl, line 3: {words}"):
+            read(folder, caption_weights="odds")
+
+
+def test_several_columns_may_have_captions_each_with_a_weight(folder):
+    put(folder, "a.png", "b.png", "c.png")
+    csv(
+        folder,
+        'file_name,long,short\na.png,"[""very long"", ""longer""]",brief\nb.png,,[photo] only\nc.png,same,same\n',
+    )
+    rows = read(folder, caption={"long": 3.0, "short": 1.0})
+    assert weighed(rows) == [{"very long": 1.5, "longer": 1.5, "brief": 1}, {"[photo] only": 1}, {"same": 4}]
+    with pytest.raises(ValueError, match=r"source.columns.caption.alt is 'alt', and there is only file_name, long"):
+        read(folder, caption={"long": 1.0, "alt": 1.0})
+    with pytest.raises(ValueError, match=r"source.columns.caption_weights is 'odds', and there is only file_name"):
+        read(folder, caption="long", caption_weights="odds")
+
+
+def test_each_line_of_a_text_file_is_a_caption_where_the_settings_say_so(folder):
+    put(folder, "a.png")
+    put(folder, "a.txt", data=b"a cat\r\n\n  a pet \na cat\n")
+
+    def found(**columns) -> tuple[list[dict[str, float]], str]:
+        rows = read(folder, **columns)
+        measured = measure(rows, Originals([config(folder)], StorageOptions()), FilterConfig())
+        return weighed(measured), rows.column("key")[0].as_py()
+
+    whole, lines = found(), found(caption_per_line=True)
+    assert whole[0] == [{"a cat\r\n\n  a pet \na cat": 1}]
+    assert lines[0] == [{"a cat": 2, "a pet": 1}]
+    assert whole[1] != lines[1]

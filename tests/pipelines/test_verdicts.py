@@ -15,7 +15,7 @@ from pipelines.config import SourceConfig, StageResources
 from pipelines.originals import Originals
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
 from pipelines.preprocess.config import AlertConfig, BucketConfig, FilterConfig, ScoreLimits
-from pipelines.preprocess.filter import FILTERS, MEASURED, decide
+from pipelines.preprocess.filter import FILTERS, MEASURED, caption_counts, decide
 from pipelines.preprocess.lease import Lease, LeaseLostError, lease
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.pipeline import Outcome, _commit_latents, build_index
@@ -29,7 +29,13 @@ BUCKETS = BucketConfig(resolution=64, multiple=8)
 
 
 def fact(path: str, **known: Any) -> dict[str, Any]:
-    known = {"id": path, "caption": "words", "original_size": [10, 20], "aesthetic_score": 5.0} | known
+    known = {
+        "id": path,
+        "captions": ["words"],
+        "caption_weights": [1.0],
+        "original_size": [10, 20],
+        "aesthetic_score": 5.0,
+    } | known
     return dict.fromkeys(INDEX_SCHEMA.names) | {"key": path, "source": "source", "path": path, "file_size": 1} | known
 
 
@@ -49,10 +55,10 @@ def reasons(rows: list[dict[str, Any]], **filters: Any) -> dict[str, str | None]
         ({}, {}, None),
         ({"original_size": [1, 1]}, {}, None),  # nothing small is thrown away by default
         ({"aesthetic_score": None}, {}, None),
-        ({"caption": " \u00a0 "}, {}, "no_caption"),
-        ({"caption": None}, {"min_caption_characters": 0}, None),
-        ({"caption": " \u00e4\u00e4\u00e4 "}, {"max_caption_characters": 3}, None),
-        ({"caption": "four"}, {"max_caption_characters": 3}, "long_caption"),
+        ({"captions": [" \u00a0 "]}, {}, "no_caption"),
+        ({"captions": None}, {"min_caption_characters": 0}, None),
+        ({"captions": [" \u00e4\u00e4\u00e4 "]}, {"max_caption_characters": 3}, None),
+        ({"captions": ["four"]}, {"max_caption_characters": 3}, "long_caption"),
         ({"original_size": [20, 9]}, {"min_side": 10}, "too_small"),
         ({"original_size": [10, 20]}, {"min_side": 10, "max_aspect": 2.0}, None),
         ({"original_size": [21, 10]}, {"max_aspect": 2.0}, "extreme_aspect"),
@@ -81,6 +87,30 @@ def test_a_verdict_follows_from_facts_and_settings(known, filters, reason):
     assert reasons([fact("a", **known)], **filters) == {"a": reason}
 
 
+@pytest.mark.parametrize(
+    ("captions", "reason", "dropped", "detail"),
+    [
+        (["words", "no", "far too many"], None, [None, "no_caption", "long_caption"], None),
+        (["no", ""], "no_caption", ["no_caption"] * 2, "2 characters, and filters.min_caption_characters is 3"),
+        ([], "no_caption", [], "0 characters, and filters.min_caption_characters is 3"),
+        (["far too many", "too many"], "long_caption", ["long_caption"] * 2, "8 characters, and filters.max_"),
+        (["", "too many"], "long_caption", ["no_caption", "long_caption"], "8 characters, and filters.max_"),
+    ],
+)
+def test_captions_are_dropped_one_by_one_and_the_image_when_none_is_left(captions, reason, dropped, detail):
+    other = fact("b", captions=["", "fit"])
+    rows = pa.Table.from_pylist([fact("a", captions=captions), other], INDEX_SCHEMA)
+    for part in (rows, pa.concat_tables([rows.slice(0, 1), rows.slice(1)])):  # as one chunk, and as two
+        judged = decide(part, FilterConfig(min_caption_characters=3, max_caption_characters=5))
+        row, untouched = judged.to_pylist()
+        assert (row["reject_reason"], row["caption_reasons"]) == (reason, dropped)
+        assert (row["reject_detail"] or "").startswith(detail or "")
+        assert (untouched["reject_reason"], untouched["caption_reasons"]) == (None, ["no_caption", None])
+    kept = [dropped, ["no_caption", None]] if reason is None else [["no_caption", None]]
+    flat = [one or "kept" for reasons in kept for one in reasons]
+    assert caption_counts(judged) == {name: flat.count(name) for name in sorted(set(flat))}
+
+
 def test_reasons_are_named_in_the_order_in_which_they_are_looked_for():
     names, config = list(Reject), FilterConfig()
     checked = [check(pa.Table.from_pylist([fact("a")], INDEX_SCHEMA), config)[0] for check in FILTERS]
@@ -89,7 +119,7 @@ def test_reasons_are_named_in_the_order_in_which_they_are_looked_for():
 
 
 def test_an_original_that_a_threshold_rejects_gives_its_place_to_the_next():
-    rows = [fact("a", id="x", caption=""), fact("b", id="x"), fact("c", id="x")]
+    rows = [fact("a", id="x", captions=[""]), fact("b", id="x"), fact("c", id="x")]
     assert reasons(rows) == {"a": "no_caption", "b": None, "c": "duplicate"}
     assert reasons(rows, min_caption_characters=0) == {"a": None, "b": "duplicate", "c": "duplicate"}
 
@@ -126,7 +156,7 @@ def test_of_images_that_look_alike_the_largest_is_kept_and_named():
         fact("b", original_size=[20, 20], perceptual_hash=0b0001),
         fact("c", original_size=[20, 20], perceptual_hash=0b0011),
         fact("d", original_size=[90, 90], perceptual_hash=2**64 - 1),
-        fact("e", original_size=[90, 90], perceptual_hash=0b0001, caption=""),  # rejected: nobody's original
+        fact("e", original_size=[90, 90], perceptual_hash=0b0001, captions=[""]),  # rejected: nobody's original
         fact("f", original_size=[90, 90]),  # nothing to compare by
         fact("g", original_size=[90, 90]),
     ]

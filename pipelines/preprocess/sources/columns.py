@@ -11,13 +11,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.config import DEFAULT_SCORE, ColumnsConfig
+from pipelines.preprocess.sources.captions import ToldCaptions, caption_columns, cast, told_captions
 from pipelines.preprocess.sources.inputs import listed, scores_column
 from pipelines.schema import Column
 
 
 def wanted_columns(config: ColumnsConfig) -> dict[str, str]:
     """The columns that a source has to have, by the setting that names them, without "source.columns."."""
-    named = {"caption": config.caption, "aesthetic_score": config.aesthetic_score}
+    captions, several = caption_columns(config), isinstance(config.caption, Mapping)
+    named: dict[str, str | None] = {f"caption.{name}" if several else "caption": name for name in captions}
+    named |= {"caption_weights": config.caption_weights, "aesthetic_score": config.aesthetic_score}
     named |= {f"scores.{name}": column for name, column in config.scores.items()}
     return {setting: column for setting, column in named.items() if column}
 
@@ -34,24 +37,25 @@ class Records:
     """Captions and scores of images that are described one at a time, by mappings: JSON objects or lines of CSV."""
 
     def __init__(self, config: ColumnsConfig) -> None:
-        self._config = config
         self._scores = {"": config.aesthetic_score or DEFAULT_SCORE} | dict(config.scores)
-        self._captions: list[str | None] = []
+        self._captions = ToldCaptions(config)
         self._numbers: dict[str, list[float | None]] = {name: [] for name in self._scores}
 
     def add(self, row: Mapping[str, Any], where: str, numbers_are_text: bool = False) -> None:
-        """Take one. Raises ValueError for a score that is no number, and for half a character."""
-        self._captions.append(_text(row.get(self._config.caption), self._config.caption, where))
+        """Take one. Raises ValueError for a score that is no number, and for what is no caption."""
+        self._captions.add(row, where)
         for name, column in self._scores.items():
             self._numbers[name].append(_number(row.get(column), column, where, numbers_are_text))
 
     def table(self) -> pa.Table:
-        """The columns caption, aesthetic_score and scores, in the order in which the images were taken."""
+        """The columns of captions and scores, in the order in which the images were taken."""
+        captions, weights = self._captions.columns()
         numbers = {name: pa.array(values, pa.float32()) for name, values in self._numbers.items()}
         aesthetic = numbers.pop("")
         return pa.table(
             {
-                Column.CAPTION: pa.array(self._captions, pa.string()),
+                Column.CAPTIONS: captions,
+                Column.CAPTION_WEIGHTS: weights,
                 Column.AESTHETIC_SCORE: aesthetic,
                 Column.SCORES: scores_column(numbers, len(aesthetic)),
             }
@@ -59,7 +63,7 @@ class Records:
 
 
 def told(table: pa.Table, config: ColumnsConfig, where: str) -> pa.Table:
-    """The columns caption, aesthetic_score and scores of a table's rows. A score that is NaN is none.
+    """The columns of captions and scores of a table's rows. A score that is NaN is none.
 
     Raises ValueError where a column is missing, or is of a type that it cannot be read from.
     """
@@ -67,11 +71,13 @@ def told(table: pa.Table, config: ColumnsConfig, where: str) -> pa.Table:
     names = table.column_names
     scores = {name: _number_column(table, column, where) for name, column in config.scores.items()}
     score = config.aesthetic_score or (DEFAULT_SCORE if DEFAULT_SCORE in names else None)
-    empty = pa.nulls(table.num_rows)
+    none = pa.nulls(table.num_rows, pa.float32())
+    captions, weights = told_captions(table, config, where)
     return pa.table(
         {
-            Column.CAPTION: _text_column(table, config.caption, where) if config.caption else empty.cast(pa.string()),
-            Column.AESTHETIC_SCORE: _number_column(table, score, where) if score else empty.cast(pa.float32()),
+            Column.CAPTIONS: captions,
+            Column.CAPTION_WEIGHTS: weights,
+            Column.AESTHETIC_SCORE: _number_column(table, score, where) if score else none,
             Column.SCORES: scores_column(scores, table.num_rows),
         }
     )
@@ -83,34 +89,11 @@ def told_columns(there: Iterable[str], config: ColumnsConfig) -> list[str]:
     return [name for name in there if name in named]
 
 
-def _text_column(table: pa.Table, name: str, where: str) -> pa.Array:
-    return pc.utf8_trim_whitespace(_cast(table.column(name), pa.string(), name, where))
-
-
 def _number_column(table: pa.Table, name: str, where: str) -> pa.Array:
-    numbers = _cast(table.column(name), pa.float64(), name, where)
+    numbers = cast(table.column(name), pa.float64(), name, where)
     if pc.any(pc.is_inf(numbers)).as_py():
         raise ValueError(f"{where}: {name} is infinite in row {pc.index(pc.is_inf(numbers), True).as_py()}")
     return pc.cast(pc.if_else(pc.is_nan(numbers), None, numbers), pa.float32())
-
-
-def _cast(column: pa.ChunkedArray, kind: pa.DataType, name: str, where: str) -> pa.Array:
-    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        raise ValueError(f"{where}: {name} is of type {column.type}, and {kind} was expected")
-    try:
-        cast = column.cast(kind)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(f"{where}: {name} is of type {column.type}, and {kind} was expected: {error}") from error
-    return cast.combine_chunks() if cast.num_chunks != 1 else cast.chunk(0)
-
-
-def _text(value: Any, column: str, where: str) -> str | None:
-    if value is None:
-        return None
-    text = str(value).strip()
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{where}: {column} holds half of a surrogate pair: {text!r}")
-    return text
 
 
 def _number(value: Any, column: str, where: str, is_text: bool) -> float | None:

@@ -8,6 +8,7 @@ import io
 import json
 import posixpath
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipelines.config import SourceConfig
 from pipelines.preprocess.sources.columns import Records, check_columns
 from pipelines.preprocess.sources.inputs import (
     CAPTION_FILE,
+    CAPTION_PER_LINE,
     IMAGE_NAME,
     IMAGE_SUFFIXES,
     MISSING,
@@ -53,7 +55,8 @@ def list_folder(source: Storage, files: pa.Table, config: SourceConfig) -> pa.Ta
     place = pc.index_in(paths, names)
     sidecars = pc.replace_substring_regex(paths, r"\.[^./]*$", "")
     beside = pc.index_in(pc.binary_join_element_wise(sidecars, ".txt", ""), names)
-    beside = pc.if_else(pc.is_null(told.column(Column.CAPTION)), beside, None)
+    untold = pc.equal(pc.fill_null(pc.list_value_length(told.column(Column.CAPTIONS)), 0), 0)
+    beside = pc.if_else(untold, beside, None)
     stamps = stamps_of(files)
     both = pc.binary_join_element_wise(
         stamps.take(place), stamps.take(beside), " ", null_handling="replace", null_replacement="-"
@@ -65,6 +68,7 @@ def list_folder(source: Storage, files: pa.Table, config: SourceConfig) -> pa.Ta
         **{
             Column.PATH: paths,
             CAPTION_FILE: names.take(beside),
+            CAPTION_PER_LINE: pc.if_else(pc.is_valid(beside), config.columns.caption_per_line, None),
             Column.FILE_SIZE: pc.fill_null(files.column("size").take(place), -1),
             PROBLEM: pc.if_else(pc.is_null(place), MISSING, None),
             STAMP: both,
@@ -123,7 +127,7 @@ def _json_rows(data: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(data: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and fields of each row; an empty field is none."""
+    """Line number and fields of each row; an empty field is none, and one that is a JSON list is a list."""
     try:
         reader = csv.reader(io.StringIO(data.decode("utf-8"), newline=""), strict=True)
     except UnicodeDecodeError as error:
@@ -143,4 +147,11 @@ def _csv_rows(data: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         if len(fields) != len(head):
             raise ValueError(f"{where}, line {reader.line_num}: {len(fields)} fields, and the head has {len(head)}")
-        yield reader.line_num, {name: value or None for name, value in zip(head, fields, strict=True)}
+        yield reader.line_num, {name: _csv_value(value) for name, value in zip(head, fields, strict=True)}
+
+
+def _csv_value(field: str) -> Any:
+    if field.startswith("["):
+        with suppress(ValueError):
+            return json.loads(field)
+    return field or None

@@ -9,13 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.captions import TEXTS, WEIGHTS
 from pipelines.schema import PLACE, SCORES, Column, row_digests
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 IMAGE_NAME = r"\.(" + "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES) + ")$"
 
 STAMP = "stamp"  # size and modification time of the files that the row was found in; null: of FILE, yet to be looked up
-CAPTION_FILE = "caption_file"  # text file that has the caption, read together with the image
+CAPTION_FILE = "caption_file"  # text file that has the captions, read together with the image
+CAPTION_PER_LINE = "caption_per_line"  # whether each line of that file is a caption; null where there is none
 PROBLEM = "problem"  # why there is nothing to read; null where there is
 MISSING = "there is no such file"
 
@@ -25,8 +27,10 @@ INPUT_SCHEMA = pa.schema(
         pa.field(Column.SOURCE, pa.string(), nullable=False),
         pa.field(Column.PATH, pa.string(), nullable=False),
         *PLACE,
-        pa.field(Column.CAPTION, pa.string()),
+        pa.field(Column.CAPTIONS, TEXTS),
+        pa.field(Column.CAPTION_WEIGHTS, WEIGHTS),
         pa.field(CAPTION_FILE, pa.string()),
+        pa.field(CAPTION_PER_LINE, pa.bool_()),
         pa.field(Column.AESTHETIC_SCORE, pa.float32()),
         pa.field(Column.SCORES, SCORES),
         pa.field(Column.FILE_SIZE, pa.int64()),  # null where it shows only when the image is read
@@ -41,7 +45,7 @@ LISTED_SCHEMA = pa.schema(  # what is known of an input before it has a key
 def keyed(rows: pa.Table, source: str) -> pa.Table:
     """Inputs of one source, with STAMP in place of source and key, as INPUT_SCHEMA, in their order.
 
-    A key stands for all that an index row is made of: where the image lies, its file's stamp, caption and scores.
+    A key stands for all that an index row is made of: where the image lies, its file's stamp, captions and scores.
     """
     rows = rows.append_column(Column.SOURCE, pa.repeat(source, rows.num_rows))
     identity = [STAMP, *(name for name in INPUT_SCHEMA.names if name not in (Column.KEY, Column.FILE_SIZE, PROBLEM))]

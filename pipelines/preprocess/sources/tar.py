@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.config import SourceConfig
+from pipelines.preprocess.sources.captions import caption_columns, lines_of
 from pipelines.preprocess.sources.columns import Records, check_columns
 from pipelines.preprocess.sources.inputs import IMAGE_SUFFIXES, PROBLEM, listed, listed_table
 from pipelines.schema import Column
@@ -37,13 +38,15 @@ def list_tar(source: Storage, name: str, size: int, config: SourceConfig) -> pa.
     where = f"{source.uri.rstrip('/')}/{name}"
     samples: dict[str, Sample] = {}
     problem = _read_samples(source, name, size, samples)
-    records, rows = Records(config.columns), []
+    records, rows, captions = Records(config.columns), [], caption_columns(config.columns)
     fields: dict[str, None] = {}
     for key, sample in samples.items():
         told = {column: None if _is_nan(value) else value for column, value in sample.told.items()}
         fields |= dict.fromkeys(told)
-        if config.columns.caption and told.get(config.columns.caption) is None and TEXT in told:
-            told[config.columns.caption] = told[TEXT]
+        if TEXT in told and config.columns.caption_per_line:
+            told[TEXT] = lines_of(str(told[TEXT]))
+        if TEXT in told and captions and all(told.get(column) is None for column in captions):
+            told[next(iter(captions))] = told[TEXT]
         image, wrong = _choose(sample, config.columns.image)
         path = f"{name}/{image[0] if image else key}"
         records.add(told, f"{where}, {key}")

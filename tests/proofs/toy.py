@@ -1,0 +1,227 @@
+"""What the proofs share: a tiny base, pictures drawn by formula, training on one core, and a table with a picture.
+
+Network, conditioning, draws, loss, average, schedule and sampler are the product's; only the loop is written out here, so
+that a proof needs neither Ray nor DeepSpeed. An element of a map stands for eight pixels, as one of a latent does, so
+that sizes and crops have the magnitudes that SDXL embeds.
+
+B batch, N pictures, h w height and width of a map
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from model.conditioning import conditioning_vector
+from model.config import Conditioning, DenoiserLossConfig, DiffusionConfig, SamplerName, Spacing, UNetConfig
+from model.denoiser_loss import denoiser_loss, draw
+from model.diffusion import Diffusion, gaussian
+from model.ema import EMA
+from model.noise_levels import noise_levels
+from model.sampler import Condition, denoiser, initial_noise, sample
+from model.unet import UNet
+from pipelines.pictures import to_pixels
+from pipelines.train.config import OptimizerConfig
+from pipelines.train.engine import learning_rate
+
+PIXELS = 8  # that an element of a map stands for
+CAPTION = 16  # numbers of a caption: which shape, which colour, zeros
+SHAPES = ("disc", "square", "diamond")
+BATCH, HALFLIFE_IMAGES, SAMPLING_STEPS = 16, 1000, 12
+DIFFUSION = Diffusion(DiffusionConfig())
+SAMPLES = 4  # per element and direction, of a drawing
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Maps of one size, and what is told of them."""
+
+    maps: Tensor  # [N,3,h,w] in [-1, 1]
+    captions: Tensor  # [N,CAPTION]
+    conditions: Mapping[Conditioning, Tensor]  # [N,2] pixels
+
+    def rows(self, rows: Tensor | slice) -> Pictures:
+        """Some of them."""
+        return Pictures(self.maps[rows], self.captions[rows], {k: v[rows] for k, v in self.conditions.items()})
+
+
+def drawing(  # noqa: PLR0917
+    shape: str,
+    extent: tuple[int, int],
+    size: tuple[int, int],
+    centre: tuple[float, float],
+    radii: tuple[float, float],
+    colour: np.ndarray,
+    stripes: tuple[int, float] | None = None,
+) -> Image.Image:
+    """A shape on white, `size` (height, width) large; centre and radii in a plane of `extent` (height, width).
+
+    `stripes` (0 down or 1 across, phase) paints it over with dark stripes, four units of the plane from one to the next.
+    """
+    sides = [(np.arange(n * SAMPLES) + 0.5) / (n * SAMPLES) * e for n, e in zip(size, extent, strict=True)]
+    place = np.meshgrid(*sides, indexing="ij")
+    u, v = (np.abs((p - c) / r) for p, c, r in zip(place, centre, radii, strict=True))
+    inside = {"disc": u * u + v * v < 1, "square": np.maximum(u, v) < 0.9, "diamond": u + v < 1.15}[shape]
+    paint = np.broadcast_to(colour, (*inside.shape, 3))
+    if stripes is not None:
+        dark = np.sin(2 * np.pi * place[stripes[0]] / 4 + stripes[1]) > 0
+        paint = np.where(dark[..., None], 0.25 * paint, paint)
+    fine = np.where(inside[..., None], paint, 1.0)
+    means = fine.reshape(size[0], SAMPLES, size[1], SAMPLES, 3).mean((1, 3))
+    return Image.fromarray((means * 255).round().astype(np.uint8))
+
+
+def caption(shape: str, colour: np.ndarray) -> np.ndarray:
+    """What the text encoders' outputs stand for here."""
+    return np.concatenate([np.array(SHAPES) == shape, 4 * colour - 2, np.zeros(CAPTION - 6)]).astype(np.float32)
+
+
+def pictures(pixels: Sequence[np.ndarray], captions: Sequence[np.ndarray], **told: Sequence[tuple]) -> Pictures:
+    """Of uint8 [h, w, 3] maps; what is told, in elements of a map, becomes pixels."""
+    maps = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    conditions = {Conditioning(name): torch.tensor(pairs).float() * PIXELS for name, pairs in told.items()}
+    return Pictures(maps, torch.from_numpy(np.stack(captions)), conditions)
+
+
+def unet_config(*conditioning: Conditioning) -> UNetConfig:
+    """The base of the proofs: a million parameters, told what is named."""
+    return UNetConfig(
+        model_channels=16,
+        channel_mult=(1, 2, 4),
+        transformer_depth=(0, 0, 1),
+        middle_depth=1,
+        context_dim=CAPTION,
+        pooled_dim=CAPTION,
+        conditioning=conditioning,
+        latent_channels=3,
+        num_res_blocks=1,
+        head_channels=16,
+        conditioning_embed_dim=32,
+        norm_groups=8,
+    )
+
+
+def error(unet: UNet, batch: Pictures, loss: DenoiserLossConfig, seed: int, first: int) -> Tensor:
+    """The training loss [B] of a batch whose first picture is number `first` of the run."""
+    draws = draw(seed, first, len(batch.maps), batch.maps.shape[1:], loss, len(unet.config.conditioning))
+    noisy = DIFFUSION.add_noise(batch.maps, draws.noise, draws.timesteps)  # [B,3,h,w]
+    vector = conditioning_vector(batch.captions, batch.conditions, unet.config)  # [B,V]
+    prediction = unet(noisy, draws.timesteps, batch.captions[:, None], vector)  # [B,3,h,w]
+    return denoiser_loss(prediction, DIFFUSION.target(batch.maps, draws.noise, draws.timesteps))
+
+
+def train(
+    config: UNetConfig,
+    buckets: Sequence[Pictures],
+    images: int,
+    seed: int,
+    loss: DenoiserLossConfig = DenoiserLossConfig(caption_dropout=0.0),
+) -> UNet:
+    """The averaged weights after `images` pictures; each step takes one bucket, drawn by its number of pictures."""
+    torch.manual_seed(seed)
+    unet, order = UNet(config), torch.Generator().manual_seed(seed)
+    settings = OptimizerConfig(lr=2e-3, betas=(0.9, 0.99), warmup_images=images // 10, decay_images=images // 3)
+    adamw = torch.optim.AdamW(unet.parameters(), betas=settings.betas, weight_decay=settings.weight_decay)
+    weights = [parameter.data for parameter in unet.parameters()]
+    average = EMA(weights, HALFLIFE_IMAGES)
+    share = torch.tensor([float(len(bucket.maps)) for bucket in buckets])
+    for first in range(0, images, BATCH):
+        bucket = buckets[int(torch.multinomial(share, 1, generator=order))]
+        batch = bucket.rows(torch.randint(len(bucket.maps), (BATCH,), generator=order))
+        adamw.param_groups[0]["lr"] = learning_rate(settings, first + BATCH, images - first)
+        adamw.zero_grad()
+        error(unet, batch, loss, seed, first).mean().backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), settings.clip_norm)
+        adamw.step()
+        average.update(weights, first + BATCH, BATCH)
+    averaged = copy.deepcopy(unet).requires_grad_(False).eval()
+    for weight, value in zip(averaged.parameters(), average.shadow, strict=True):
+        weight.copy_(value)
+    return averaged
+
+
+def paint(unet: UNet, captions: Tensor, size: tuple[int, int], seed: int, **told: Sequence[float] | Tensor) -> Tensor:
+    """Pictures [N,3,h,w] of captions [N,CAPTION]; what is told, in elements of a map, is one pair or one for each."""
+    pairs = {Conditioning(k): (torch.as_tensor(v).float() * PIXELS).expand(len(captions), 2) for k, v in told.items()}
+    condition = Condition(captions[:, None], conditioning_vector(captions, pairs, unet.config))
+    levels = noise_levels(SAMPLING_STEPS, Spacing.KARRAS, DIFFUSION)
+    noise = initial_noise(gaussian(seed, 0, len(captions), (3, *size)), levels)
+    denoise = denoiser(unet, DIFFUSION, condition)
+    return sample(denoise, noise, levels, sampler=SamplerName.DPMPP_2M).clamp(-1, 1)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a proof has found."""
+
+    name: str
+    claim: str
+    set_up: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    holds: bool
+    verdict: str
+    picture: Image.Image
+
+
+Prove = Callable[[int, Sequence[int], int], Proof]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean over the seeds, and the least and greatest of them."""
+    least, greatest = min(values), max(values)
+    return f"{statistics.mean(values):.{digits}f} ({least:.{digits}f} to {greatest:.{digits}f})"
+
+
+def sheet(rows: Sequence[tuple[str, Tensor]], side: int = 48) -> Image.Image:
+    """Rows of pictures, each map `side` pixels high, a label above each row."""
+    font, margin = ImageFont.load_default(12), 4
+    lines = []
+    for label, maps in rows:
+        scale = max(1, side // maps.shape[2])
+        row = np.pad(to_pixels(maps).repeat(scale, 1).repeat(scale, 2), ((0, 0), (1, 1), (1, 3), (0, 0)))
+        lines.append((label, Image.fromarray(np.concatenate(list(row), axis=1))))
+    width = max(max(line.width for _, line in lines), 640) + 2 * margin
+    page = Image.new("RGB", (width, sum(line.height + 20 for _, line in lines) + 2 * margin), "white")
+    top, ink = margin, ImageDraw.Draw(page)
+    for label, line in lines:
+        ink.text((margin, top), label, fill="black", font=font)
+        page.paste(line, (margin, top + 16))
+        top += line.height + 20
+    return page
+
+
+def main(prove: Prove, images: int, samples: int) -> None:
+    """Run a proof from the command line: print its table and write it, with the picture, into a folder."""
+    parser = argparse.ArgumentParser(description=prove.__doc__)
+    parser.add_argument("--images", type=int, default=images, help="pictures that each network is trained on")
+    parser.add_argument("--samples", type=int, default=samples, help="pictures that each figure is measured on")
+    parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
+    parser.add_argument("--out", type=Path, default=Path("docs/proofs"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    begun = time.process_time()
+    proof = prove(options.images, range(options.seeds), options.samples)
+    effort = f"{options.images:,} pictures each, {options.seeds} seeds, {options.samples} samples a figure"
+    print(write(proof, options.out, f"{effort}; {time.process_time() - begun:.0f} s on one core."))
+
+
+def write(proof: Proof, folder: Path, effort: str) -> str:
+    """The proof as Markdown, written as NAME.md beside NAME.png."""
+    table = [proof.columns, ["---"] * len(proof.columns), *proof.rows]
+    lines = [f"# {proof.claim}", "", proof.set_up, effort, "", *("| " + " | ".join(row) + " |" for row in table), ""]
+    lines += [f"**{'Holds' if proof.holds else 'Does not hold'}**: {proof.verdict}", "", f"![pictures]({proof.name}.png)"]
+    folder.mkdir(parents=True, exist_ok=True)
+    proof.picture.save(folder / f"{proof.name}.png", optimize=True)
+    (folder / f"{proof.name}.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor
 from model.config import Conditioning
 from model.metrics import Moments, frechet_distance
 from pipelines.images import crop_pixels
-from tests.proofs.toy import SHAPES, Pictures, Proof, caption, drawing, main, paint, pictures, sheet, spread, train
-from tests.proofs.toy import unet_config as told
+from tests.proofs.report import Proof, main, sheet, spread
+from tests.proofs.toy import SHAPES, Pictures, caption, drawing, paint, pictures, train, unet_config
 
 SIDE = 16
 DATA, LARGE_SHARE = 1280, 0.05
@@ -47,7 +48,9 @@ def mixed_sizes(count: int, seed: int) -> list[int]:
     """Original sides: 5% evenly from the map's up, the others evenly below it."""
     random = np.random.default_rng(seed)
     large = random.permutation(np.arange(count) < max(1, round(count * LARGE_SHARE)))
-    return [int(random.integers(SIDE, LARGEST + 1) if is_large else random.integers(SMALLEST, SIDE)) for is_large in large]
+    return [
+        int(random.integers(SIDE, LARGEST + 1) if is_large else random.integers(SMALLEST, SIDE)) for is_large in large
+    ]
 
 
 def sharpness(maps: Tensor) -> Tensor:
@@ -88,9 +91,9 @@ def prove(images: int, seeds: Sequence[int], samples: int) -> Proof:
     held_out = drawn([size for size in other if size >= SIDE], 3)
     another = drawn([size for size in other if size >= SIDE], 4)
     arms = {
-        "small ones discarded": (told(), large),
-        "size ignored": (told(), data),
-        "size told": (told(Conditioning.ORIGINAL_SIZE), data),
+        "small ones discarded": (unet_config(), large),
+        "size ignored": (unet_config(), data),
+        "size told": (unet_config(Conditioning.ORIGINAL_SIZE), data),
     }
     asked_large = held_out.conditions[Conditioning.ORIGINAL_SIZE] / 8
     distances: dict[str, list[float]] = {name: [] for name in arms}
@@ -115,20 +118,22 @@ def prove(images: int, seeds: Sequence[int], samples: int) -> Proof:
     rows = [[name, spread(distances[name]), spread(levels[name], 3)] for name in arms]
     rows.append(["other large pictures", f"{floor:.2f}", f"{float(sharpness(another.maps).mean()):.3f}"])
     for size in ASKED:
-        same = float(sharpness(drawn([size] * 256, 5).maps).mean())
+        same = float(sharpness(drawn([size] * samples, 5).maps).mean())
         rows.append([f"size told, asked for {size} x {size} (real ones: {same:.3f})", "", spread(by_size[size], 3)])
     means = [statistics.mean(by_size[size]) for size in ASKED if size <= SIDE]
-    rises = all(low < high for low, high in zip(means, means[1:], strict=False))
+    rises = all(low < high for low, high in pairwise(means))
     told_, others = distances["size told"], [distances[name] for name in arms if name != "size told"]
     better = all(max(told_) < min(other) for other in others)
     verdict = (
-        f"sharpness {'rises' if rises else 'does not rise'} with every size up to the map's ({means[0]:.3f} to {means[-1]:.3f}, "
-        f"held-out large ones {real:.3f}). The distance of the network that is told, at its worst seed, is "
-        f"{'below' if better else 'not below'} that of both others at their best."
+        f"sharpness {'rises' if rises else 'does not rise'} with every size up to the map's "
+        f"({means[0]:.3f} to {means[-1]:.3f}, held-out large ones {real:.3f}). The distance "
+        f"of the network that is told, at its worst seed, is {'below' if better else 'not below'} that of both others "
+        "at their best."
     )
     set_up = (
-        f"{DATA} pictures of which {len(large.maps)} are {SIDE} x {SIDE} or larger; distances over {len(held_out.maps)} pictures "
-        "each (51 features: colours of 4 x 4 fields, strength of details in three bands)."
+        f"{DATA} pictures of which {len(large.maps)} are {SIDE} x {SIDE} or larger; distances over "
+        f"{len(held_out.maps)} pictures each, of 51 features: colours of 4 x 4 fields and strength of details in three "
+        "bands."
     )
     columns = ["network", "Frechet distance to held-out large pictures", "sharpness"]
     claim = "Size conditioning: sharpness follows the size asked for, and small images help"

@@ -1,25 +1,21 @@
-"""What the proofs share: a tiny base, pictures drawn by formula, training on one core, and a table with a picture.
+"""What the proofs share: a tiny base, pictures drawn by formula, and training on one core.
 
-Network, conditioning, draws, loss, average, schedule and sampler are the product's; only the loop is written out here, so
-that a proof needs neither Ray nor DeepSpeed. An element of a map stands for eight pixels, as one of a latent does, so
-that sizes and crops have the magnitudes that SDXL embeds.
+Network, conditioning, draws, loss, average, schedule and sampler are the product's; only the loop is written out here,
+so that a proof needs neither Ray nor DeepSpeed. An element of a map stands for eight pixels, as one of a latent does,
+so that sizes and crops have the magnitudes that SDXL embeds.
 
 B batch, N pictures, h w height and width of a map
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from model.conditioning import conditioning_vector
@@ -30,7 +26,6 @@ from model.ema import EMA
 from model.noise_levels import noise_levels
 from model.sampler import Condition, denoiser, initial_noise, sample
 from model.unet import UNet
-from pipelines.pictures import to_pixels
 from pipelines.train.config import OptimizerConfig
 from pipelines.train.engine import learning_rate
 
@@ -39,6 +34,7 @@ CAPTION = 16  # numbers of a caption: which shape, which colour, zeros
 SHAPES = ("disc", "square", "diamond")
 BATCH, HALFLIFE_IMAGES, SAMPLING_STEPS = 16, 1000, 12
 DIFFUSION = Diffusion(DiffusionConfig())
+NOTHING_DROPPED = DenoiserLossConfig(caption_dropout=0.0)
 SAMPLES = 4  # per element and direction, of a drawing
 
 
@@ -55,7 +51,7 @@ class Pictures:
         return Pictures(self.maps[rows], self.captions[rows], {k: v[rows] for k, v in self.conditions.items()})
 
 
-def drawing(  # noqa: PLR0917
+def drawing(
     shape: str,
     extent: tuple[int, int],
     size: tuple[int, int],
@@ -66,7 +62,7 @@ def drawing(  # noqa: PLR0917
 ) -> Image.Image:
     """A shape on white, `size` (height, width) large; centre and radii in a plane of `extent` (height, width).
 
-    `stripes` (0 down or 1 across, phase) paints it over with dark stripes, four units of the plane from one to the next.
+    `stripes` (0 down or 1 across, phase) adds dark stripes, four units of the plane from one to the next.
     """
     sides = [(np.arange(n * SAMPLES) + 0.5) / (n * SAMPLES) * e for n, e in zip(size, extent, strict=True)]
     place = np.meshgrid(*sides, indexing="ij")
@@ -125,7 +121,7 @@ def train(
     buckets: Sequence[Pictures],
     images: int,
     seed: int,
-    loss: DenoiserLossConfig = DenoiserLossConfig(caption_dropout=0.0),
+    loss: DenoiserLossConfig = NOTHING_DROPPED,
 ) -> UNet:
     """The averaged weights after `images` pictures; each step takes one bucket, drawn by its number of pictures."""
     torch.manual_seed(seed)
@@ -160,68 +156,13 @@ def paint(unet: UNet, captions: Tensor, size: tuple[int, int], seed: int, **told
     return sample(denoise, noise, levels, sampler=SamplerName.DPMPP_2M).clamp(-1, 1)
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What a proof has found."""
-
-    name: str
-    claim: str
-    set_up: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    holds: bool
-    verdict: str
-    picture: Image.Image
+def ink(maps: Tensor) -> Tensor:
+    """Where pictures [N,3,h,w] on white are painted: bool [N,h,w]."""
+    return (1 - maps).amax(1) > 0.4
 
 
-Prove = Callable[[int, Sequence[int], int], Proof]
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean over the seeds, and the least and greatest of them."""
-    least, greatest = min(values), max(values)
-    return f"{statistics.mean(values):.{digits}f} ({least:.{digits}f} to {greatest:.{digits}f})"
-
-
-def sheet(rows: Sequence[tuple[str, Tensor]], side: int = 48) -> Image.Image:
-    """Rows of pictures, each map `side` pixels high, a label above each row."""
-    font, margin = ImageFont.load_default(12), 4
-    lines = []
-    for label, maps in rows:
-        scale = max(1, side // maps.shape[2])
-        row = np.pad(to_pixels(maps).repeat(scale, 1).repeat(scale, 2), ((0, 0), (1, 1), (1, 3), (0, 0)))
-        lines.append((label, Image.fromarray(np.concatenate(list(row), axis=1))))
-    width = max(max(line.width for _, line in lines), 640) + 2 * margin
-    page = Image.new("RGB", (width, sum(line.height + 20 for _, line in lines) + 2 * margin), "white")
-    top, ink = margin, ImageDraw.Draw(page)
-    for label, line in lines:
-        ink.text((margin, top), label, fill="black", font=font)
-        page.paste(line, (margin, top + 16))
-        top += line.height + 20
-    return page
-
-
-def main(prove: Prove, images: int, samples: int) -> None:
-    """Run a proof from the command line: print its table and write it, with the picture, into a folder."""
-    parser = argparse.ArgumentParser(description=prove.__doc__)
-    parser.add_argument("--images", type=int, default=images, help="pictures that each network is trained on")
-    parser.add_argument("--samples", type=int, default=samples, help="pictures that each figure is measured on")
-    parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
-    parser.add_argument("--out", type=Path, default=Path("docs/proofs"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    begun = time.process_time()
-    proof = prove(options.images, range(options.seeds), options.samples)
-    effort = f"{options.images:,} pictures each, {options.seeds} seeds, {options.samples} samples a figure"
-    print(write(proof, options.out, f"{effort}; {time.process_time() - begun:.0f} s on one core."))
-
-
-def write(proof: Proof, folder: Path, effort: str) -> str:
-    """The proof as Markdown, written as NAME.md beside NAME.png."""
-    table = [proof.columns, ["---"] * len(proof.columns), *proof.rows]
-    lines = [f"# {proof.claim}", "", proof.set_up, effort, "", *("| " + " | ".join(row) + " |" for row in table), ""]
-    lines += [f"**{'Holds' if proof.holds else 'Does not hold'}**: {proof.verdict}", "", f"![pictures]({proof.name}.png)"]
-    folder.mkdir(parents=True, exist_ok=True)
-    proof.picture.save(folder / f"{proof.name}.png", optimize=True)
-    (folder / f"{proof.name}.md").write_text("\n".join(lines) + "\n")
-    return "\n".join(lines)
+def on_edge(maps: Tensor) -> Tensor:
+    """Whether each picture [N] is painted on more than one element of its edge."""
+    mask = ink(maps)
+    inner = mask[:, 1:-1, 1:-1].flatten(1).sum(1)
+    return mask.flatten(1).sum(1) - inner > 1

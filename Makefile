@@ -9,7 +9,9 @@ OUTPUT ?= demo-output
 AUDIT_SERVICE := api.osv.dev
 AUDIT := pip-audit==2.10.0
 
-.PHONY: demo test check audit ui bench lock clean
+PROOFS := size_conditioning crop_conditioning aspect_buckets refiner_range vae_batch
+
+.PHONY: demo test check audit ui bench proofs lock clean
 
 demo: $(STAMP)  ## the whole pipeline on rendered pictures; ARGS="preset=gpu" for one GPU
 	$(BIN)/python -m jobs.demo jobs/configs/demo.toml output=$(OUTPUT) $(ARGS)
@@ -33,6 +35,9 @@ ui: $(STAMP)  ## the MLflow page on the demo's runs
 
 bench: $(STAMP)  ## the benchmarks behind docs/benchmarks.md
 	$(BIN)/python -m pytest tests/benchmarks --benchmarks -s $(ARGS)
+
+proofs: $(STAMP)  ## the small trainings behind docs/proofs.md; ARGS="--seeds 1" for fewer
+	@for proof in $(PROOFS); do $(BIN)/python -m tests.proofs.$$proof $(ARGS) || exit 1; done
 
 lock: $(STAMP)  ## requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ def whole(maps: Tensor) -> Tensor:
     return torch.tensor(results)
 
 
-def prove(images: int, seeds: Sequence[int], samples: int) -> Proof:
+def prove(images: int, seeds: Sequence[int], samples: int) -> Iterator[Proof]:
     """Are objects whole at each aspect?"""
     bucketed, square = drawn(DATA, 1, BUCKETS), drawn(DATA, 1, [SQUARE])[SQUARE]
     captions = drawn(samples, 2, [SQUARE])[SQUARE].captions
@@ -90,26 +90,26 @@ def prove(images: int, seeds: Sequence[int], samples: int) -> Proof:
                 shares[name][size].append(100 * float(whole(maps).float().mean()))
                 if seed == seeds[0]:
                     shown.append((f"trained on {name}, {size[0]} x {size[1]}", maps[:16]))
-    rows = []
-    for size in BUCKETS:
-        real = 100 * float(whole(bucketed[size].maps).float().mean())
-        cells = [f"{real:.1f}", spread(shares["buckets"][size], 1), spread(shares["squares"][size], 1)]
-        rows.append([f"{size[0]} x {size[1]}", *cells])
-    others = [size for size in BUCKETS if size != SQUARE]
-    better = all(min(shares["buckets"][size]) > max(shares["squares"][size]) for size in others)
-    means = {name: statistics.mean(v for size in others for v in shares[name][size]) for name in shares}
-    verdict = (
-        f"away from the square {means['buckets']:.0f}% of the objects are whole after training on buckets, and "
-        f"{means['squares']:.0f}% after squares; at its worst seed the first is "
-        f"{'above' if better else 'not above'} the second at its best, in every bucket."
-    )
-    set_up = (
-        f"{DATA} originals. Whole: one object in one piece that no edge cuts, as long as {FILLS:.0%} of the "
-        "picture's sides or longer; shares in percent."
-    )
-    columns = ["height x width", "the data", "trained on buckets", "trained on squares"]
-    claim = "Multi-aspect training: whole objects at each aspect"
-    return Proof("aspect_buckets", claim, set_up, columns, rows, better, verdict, sheet(shown, 32))
+        rows = []
+        for size in BUCKETS:
+            real = 100 * float(whole(bucketed[size].maps).float().mean())
+            cells = [f"{real:.1f}", spread(shares["buckets"][size], 1), spread(shares["squares"][size], 1)]
+            rows.append([f"{size[0]} x {size[1]}", *cells])
+        others = [size for size in BUCKETS if size != SQUARE]
+        better = all(min(shares["buckets"][size]) > max(shares["squares"][size]) for size in others)
+        means = {name: statistics.mean(v for size in others for v in shares[name][size]) for name in shares}
+        verdict = (
+            f"away from the square {means['buckets']:.0f}% of the objects are whole after training on buckets, and "
+            f"{means['squares']:.0f}% after squares; at its worst seed the first is "
+            f"{'above' if better else 'not above'} the second at its best, in every bucket."
+        )
+        set_up = (
+            f"{DATA} originals. Whole: one object in one piece that no edge cuts, as long as {FILLS:.0%} of the "
+            "picture's sides or longer; shares in percent."
+        )
+        columns = ["height x width", "the data", "trained on buckets", "trained on squares"]
+        claim = "Multi-aspect training: whole objects at each aspect"
+        yield Proof("aspect_buckets", claim, set_up, columns, rows, better, verdict, sheet(shown, 32))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ def row(name: str, made: Sequence[Tensor]) -> list[str]:
     return [name, spread([share(maps) for maps in made], 1), shown_middle([middle(maps) for maps in made])]
 
 
-def prove(images: int, seeds: Sequence[int], samples: int) -> Proof:
+def prove(images: int, seeds: Sequence[int], samples: int) -> Iterator[Proof]:
     """Are objects whole and in the middle where crop (0, 0) is asked for?"""
     data, captions = drawn(DATA, 1), drawn(samples, 2).captions
     nothing: list[Tensor] = []  # by seed
@@ -100,29 +100,29 @@ def prove(images: int, seeds: Sequence[int], samples: int) -> Proof:
         told = train(unet_config(Conditioning.CROP_TOP_LEFT), [data], images, seed)
         for crop, made in asked.items():
             made.append(paint(told, captions, (SIDE, SIDE), seed, crop_top_left=crop))
-    rows = [row("the data, all crops", [data.maps]), row("told nothing", nothing)]
-    crops = data.conditions[Conditioning.CROP_TOP_LEFT] / PIXELS
-    for crop, made in asked.items():
-        real = data.maps[(crops - torch.tensor(crop)).abs().amax(1) <= min(1, sum(crop))]
-        rows.append(row(f"the data, crops {f'near {crop}' if sum(crop) else crop}: {len(real)}", [real]))
-        rows.append(row(f"told the crop, asked for {crop}", made))
-    centred, blind = [share(maps) for maps in asked[0, 0]], [share(maps) for maps in nothing]
-    far = [share(maps) for crop in FAR for maps in asked[crop]]
-    better = min(centred) > max(*blind, *far)
-    verdict = (
-        f"asked for crop (0, 0), {statistics.mean(centred):.0f}% of the objects are whole, against "
-        f"{statistics.mean(blind):.0f}% of a network that is told nothing, and {statistics.mean(far):.0f}% where far "
-        f"crops are asked for; its worst seed is {'above' if better else 'not above'} the best of those."
-    )
-    set_up = (
-        f"{DATA} crops of {SIDE} x {SIDE}. Whole: there is an object, and no edge cuts it. Centres are counted from "
-        "the picture's middle, in elements; far crops are 12 down or across."
-    )
-    shown = [("what training sees", data.maps[:24]), ("told nothing", nothing[0][:24])]
-    shown += [(f"told the crop, asked for {crop}", made[0][:24]) for crop, made in asked.items()]
-    columns = ["", "whole objects, %", "mean centre (down, across)"]
-    claim = "Crop conditioning: crop (0, 0) gives whole objects in the middle"
-    return Proof("crop_conditioning", claim, set_up, columns, rows, better, verdict, sheet(shown))
+        rows = [row("the data, all crops", [data.maps]), row("told nothing", nothing)]
+        crops = data.conditions[Conditioning.CROP_TOP_LEFT] / PIXELS
+        for crop, made in asked.items():
+            real = data.maps[(crops - torch.tensor(crop)).abs().amax(1) <= min(1, sum(crop))]
+            rows.append(row(f"the data, crops {f'near {crop}' if sum(crop) else crop}: {len(real)}", [real]))
+            rows.append(row(f"told the crop, asked for {crop}", made))
+        centred, blind = [share(maps) for maps in asked[0, 0]], [share(maps) for maps in nothing]
+        far = [share(maps) for crop in FAR for maps in asked[crop]]
+        better = min(centred) > max(*blind, *far)
+        verdict = (
+            f"asked for crop (0, 0), {statistics.mean(centred):.0f}% of the objects are whole, against "
+            f"{statistics.mean(blind):.0f}% of a network that is told nothing, and {statistics.mean(far):.0f}% where "
+            f"far crops are asked for; its worst seed is {'above' if better else 'not above'} the best of those."
+        )
+        set_up = (
+            f"{DATA} crops of {SIDE} x {SIDE}. Whole: there is an object, and no edge cuts it. Centres are counted "
+            "from the picture's middle, in elements; far crops are 12 down or across."
+        )
+        shown = [("what training sees", data.maps[:24]), ("told nothing", nothing[0][:24])]
+        shown += [(f"told the crop, asked for {crop}", made[0][:24]) for crop, made in asked.items()]
+        columns = ["", "whole objects, %", "mean centre (down, across)"]
+        claim = "Crop conditioning: crop (0, 0) gives whole objects in the middle"
+        yield Proof("crop_conditioning", claim, set_up, columns, rows, better, verdict, sheet(shown))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ the published refiner, the expert is neither larger nor told an aesthetic score.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ def finished(unet: UNet, held_out: Pictures) -> torch.Tensor:
     )
 
 
-def prove(images: int, seeds: Sequence[int], samples: int) -> Proof:
+def prove(images: int, seeds: Sequence[int], samples: int) -> Iterator[Proof]:
     """Is the expert's error the lower one in its range?"""
     random = np.random.default_rng(0)
     data = drawn(random.integers(SIDE, LARGEST + 1, DATA).tolist(), 1)
@@ -67,23 +67,24 @@ def prove(images: int, seeds: Sequence[int], samples: int) -> Proof:
                 errors[name][band].append(float(error(unet, held_out, measured, 99, 0).mean()))
             if seed == seeds[0]:
                 shown.append((f"finished by the {name}", finished(unet, few)))
-    rows = []
-    for band in (RANGE, *BANDS):
-        ratios = [expert / base for base, expert in zip(errors["base"][band], errors["expert"][band], strict=True)]
-        cells = [spread(errors[name][band], 4) for name in ranges]
-        rows.append([f"{band[0]} to {band[1] - 1}", *cells, spread(ratios, 3)])
-    inside = [expert / base for base, expert in zip(errors["base"][RANGE], errors["expert"][RANGE], strict=True)]
-    better = max(inside) < 1
-    verdict = (
-        f"below timestep 200 the expert's error is {statistics.mean(inside):.3f} times the base's after as many "
-        f"pictures, and {'lower' if better else 'not lower'} in every seed. Above, it was not trained."
-    )
-    set_up = (
-        f"{DATA} pictures; squared error of the predicted noise over {samples} held-out ones, the same noise for both."
-    )
-    columns = ["timesteps", "base", "expert", "expert over base"]
-    claim = "Refiner: trained on the lowest 200 timesteps, a network has the lower error there"
-    return Proof("refiner_range", claim, set_up, columns, rows, better, verdict, sheet(shown))
+        rows = []
+        for band in (RANGE, *BANDS):
+            ratios = [expert / base for base, expert in zip(errors["base"][band], errors["expert"][band], strict=True)]
+            cells = [spread(errors[name][band], 4) for name in ranges]
+            rows.append([f"{band[0]} to {band[1] - 1}", *cells, spread(ratios, 3)])
+        inside = [expert / base for base, expert in zip(errors["base"][RANGE], errors["expert"][RANGE], strict=True)]
+        better = max(inside) < 1
+        verdict = (
+            f"below timestep 200 the expert's error is {statistics.mean(inside):.3f} times the base's after as many "
+            f"pictures, and {'lower' if better else 'not lower'} in every seed. Above, it was not trained."
+        )
+        set_up = (
+            f"{DATA} pictures; squared error of the predicted noise over {samples} held-out ones, the same noise for "
+            "both."
+        )
+        columns = ["timesteps", "base", "expert", "expert over base"]
+        claim = "Refiner: trained on the lowest 200 timesteps, a network has the lower error there"
+        yield Proof("refiner_range", claim, set_up, columns, rows, better, verdict, sheet(shown))
 
 
 if __name__ == "__main__":

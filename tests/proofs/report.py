@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,8 @@ class Proof:
     picture: Image.Image
 
 
-Prove = Callable[[int, Sequence[int], int], Proof]
+Prove = Callable[[int, Sequence[int], int], Iterator[Proof]]
+"""From pictures to train on, seeds and samples to measure on: what is found after each seed."""
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -60,7 +61,7 @@ def sheet(rows: Sequence[tuple[str, Tensor]], side: int = 48) -> Image.Image:
 
 
 def main(prove: Prove, images: int, samples: int) -> None:
-    """Run a proof from the command line: print its table and write it, with the picture, into a folder."""
+    """Run a proof from the command line: write table and picture into a folder after each seed, and print the last."""
     parser = argparse.ArgumentParser(description=prove.__doc__)
     parser.add_argument("--images", type=int, default=images, help="pictures that each network is trained on")
     parser.add_argument("--samples", type=int, default=samples, help="pictures that each figure is measured on")
@@ -69,9 +70,12 @@ def main(prove: Prove, images: int, samples: int) -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     begun = time.process_time()
-    proof = prove(options.images, range(options.seeds), options.samples)
-    effort = f"{options.images:,} pictures each, {options.seeds} seeds, {options.samples} samples a figure"
-    print(write(proof, options.out, f"{effort}; {time.process_time() - begun:.0f} s on one core."))
+    for number, proof in enumerate(prove(options.images, range(options.seeds), options.samples), start=1):
+        effort = (
+            f"{options.images:,} pictures for each network, {number} of each kind, {options.samples} samples a figure"
+        )
+        text = write(proof, options.out, f"{effort}; {(time.process_time() - begun) / 60:.1f} minutes of one core.")
+    print(text)
 
 
 def write(proof: Proof, folder: Path, effort: str) -> str:

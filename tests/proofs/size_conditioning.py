@@ -11,7 +11,7 @@ Beside the paper there is no guidance, and the features are not Inception's but 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -82,7 +82,7 @@ def distance(maps: Tensor, reference: Tensor) -> float:
     return frechet_distance(*sides)
 
 
-def prove(images: int, seeds: Sequence[int], samples: int) -> Proof:
+def prove(images: int, seeds: Sequence[int], samples: int) -> Iterator[Proof]:
     """Does sharpness follow the size that is asked for, and is telling it better than discarding and ignoring?"""
     sizes = mixed_sizes(DATA, 0)
     data = drawn(sizes, 1)
@@ -114,30 +114,29 @@ def prove(images: int, seeds: Sequence[int], samples: int) -> Proof:
             by_size[size].append(float(sharpness(made).mean()))
             if seed == seeds[0]:
                 shown.append((f"size told, asked for {size} x {size}", made[:24]))
-    floor, real = distance(another.maps, held_out.maps), float(sharpness(held_out.maps).mean())
-    rows = [[name, spread(distances[name]), spread(levels[name], 3)] for name in arms]
-    rows.append(["other large pictures", f"{floor:.2f}", f"{float(sharpness(another.maps).mean()):.3f}"])
-    for size in ASKED:
-        same = float(sharpness(drawn([size] * samples, 5).maps).mean())
-        rows.append([f"size told, asked for {size} x {size} (real ones: {same:.3f})", "", spread(by_size[size], 3)])
-    means = [statistics.mean(by_size[size]) for size in ASKED if size <= SIDE]
-    rises = all(low < high for low, high in pairwise(means))
-    told_, others = distances["size told"], [distances[name] for name in arms if name != "size told"]
-    better = all(max(told_) < min(other) for other in others)
-    verdict = (
-        f"sharpness {'rises' if rises else 'does not rise'} with every size up to the map's "
-        f"({means[0]:.3f} to {means[-1]:.3f}, held-out large ones {real:.3f}). The distance "
-        f"of the network that is told, at its worst seed, is {'below' if better else 'not below'} that of both others "
-        "at their best."
-    )
-    set_up = (
-        f"{DATA} pictures of which {len(large.maps)} are {SIDE} x {SIDE} or larger; distances over "
-        f"{len(held_out.maps)} pictures each, of 51 features: colours of 4 x 4 fields and strength of details in three "
-        "bands."
-    )
-    columns = ["network", "Frechet distance to held-out large pictures", "sharpness"]
-    claim = "Size conditioning: sharpness follows the size asked for, and small images help"
-    return Proof("size_conditioning", claim, set_up, columns, rows, rises and better, verdict, sheet(shown, 48))
+        floor, real = distance(another.maps, held_out.maps), float(sharpness(held_out.maps).mean())
+        rows = [[name, spread(distances[name]), spread(levels[name], 3)] for name in arms]
+        rows.append(["other large pictures", f"{floor:.2f}", f"{float(sharpness(another.maps).mean()):.3f}"])
+        for size in ASKED:
+            same = float(sharpness(drawn([size] * samples, 5).maps).mean())
+            rows.append([f"size told, asked for {size} x {size} (real ones: {same:.3f})", "", spread(by_size[size], 3)])
+        means = [statistics.mean(by_size[size]) for size in ASKED if size <= SIDE]
+        rises = all(low < high for low, high in pairwise(means))
+        told_, others = distances["size told"], [distances[name] for name in arms if name != "size told"]
+        better = all(max(told_) < min(other) for other in others)
+        verdict = (
+            f"sharpness {'rises' if rises else 'does not rise'} with every size up to the map's "
+            f"({means[0]:.3f} to {means[-1]:.3f}, held-out large ones {real:.3f}). The distance of the network that is "
+            f"told, at its worst seed, is {'below' if better else 'not below'} that of both others at their best."
+        )
+        set_up = (
+            f"{DATA} pictures of which {len(large.maps)} are {SIDE} x {SIDE} or larger; distances over "
+            f"{len(held_out.maps)} pictures each, of 51 features: colours of 4 x 4 fields and strength of details in "
+            "three bands."
+        )
+        columns = ["network", "Frechet distance to held-out large pictures", "sharpness"]
+        claim = "Size conditioning: sharpness follows the size asked for, and small images help"
+        yield Proof("size_conditioning", claim, set_up, columns, rows, rises and better, verdict, sheet(shown, 48))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ the root of the ratio, decided before anything was run. The rate is constant. Ne
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def train(images: Tensor, count: int, batch: int, seed: int) -> tuple[VAE, VAE]:
     return vae.requires_grad_(False), averaged
 
 
-def prove(images: int, seeds: Sequence[int], samples: int) -> Proof:
+def prove(images: int, seeds: Sequence[int], samples: int) -> Iterator[Proof]:
     """Is the reconstruction nearer with the larger batch and the average?"""
     random = np.random.default_rng(0)
     data = drawn(random.integers(SIDE, LARGEST + 1, DATA).tolist(), 1).maps
@@ -73,23 +73,23 @@ def prove(images: int, seeds: Sequence[int], samples: int) -> Proof:
                     found[batch, bool(is_averaged)][name].append(float(value))
                 if seed == seeds[0]:
                     shown.append((names[batch, bool(is_averaged)], made[:24]))
-    rows = [[names[k], *(spread(found[k][name], 3 if name == "SSIM" else 2) for name in MEASURES)] for k in kinds]
-    before, after = found[SMALL, False]["PSNR, dB"], found[LARGE, True]["PSNR, dB"]
-    gains = [new - old for old, new in zip(before, after, strict=True)]
-    by_average = statistics.mean(found[SMALL, True]["PSNR, dB"]) - statistics.mean(before)
-    by_batch = statistics.mean(found[LARGE, False]["PSNR, dB"]) - statistics.mean(before)
-    holds = min(gains) > 0
-    verdict = (
-        f"batch {LARGE} averaged is at {statistics.mean(gains):+.2f} dB ({min(gains):+.2f} to {max(gains):+.2f}) to "
-        f"batch {SMALL} not averaged; the average alone brings {by_average:+.2f} dB, the batch "
-        f"alone {by_batch:+.2f} dB."
-    )
-    set_up = (
-        f"The tiny VAE on {DATA} pictures of {SIDE} x {SIDE}; reconstructions of {samples} held-out ones, from the "
-        "posterior's mean."
-    )
-    claim = "VAE: a larger batch with averaged weights reconstructs better"
-    return Proof("vae_batch", claim, set_up, ["", *MEASURES], rows, holds, verdict, sheet(shown))
+        rows = [[names[k], *(spread(found[k][name], 3 if name == "SSIM" else 2) for name in MEASURES)] for k in kinds]
+        before, after = found[SMALL, False]["PSNR, dB"], found[LARGE, True]["PSNR, dB"]
+        gains = [new - old for old, new in zip(before, after, strict=True)]
+        by_average = statistics.mean(found[SMALL, True]["PSNR, dB"]) - statistics.mean(before)
+        by_batch = statistics.mean(found[LARGE, False]["PSNR, dB"]) - statistics.mean(before)
+        holds = min(gains) > 0
+        verdict = (
+            f"batch {LARGE} averaged is at {statistics.mean(gains):+.2f} dB ({min(gains):+.2f} to {max(gains):+.2f}) "
+            f"to batch {SMALL} not averaged; the average alone brings {by_average:+.2f} dB, the batch "
+            f"alone {by_batch:+.2f} dB."
+        )
+        set_up = (
+            f"The tiny VAE on {DATA} pictures of {SIDE} x {SIDE}; reconstructions of {samples} held-out ones, from the "
+            "posterior's mean."
+        )
+        claim = "VAE: a larger batch with averaged weights reconstructs better"
+        yield Proof("vae_batch", claim, set_up, ["", *MEASURES], rows, holds, verdict, sheet(shown))
 
 
 if __name__ == "__main__":

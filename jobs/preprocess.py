@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from jobs.cli import HELD, LOOK, USAGE_ERROR, JobError, check_resources, main, settings, start_ray
 from jobs.config import PreprocessJob
+from pipelines.lease import InUseError, Lease, lease
 from pipelines.preprocess.alert import HeldError
 from pipelines.preprocess.bucket import bucket_table
-from pipelines.preprocess.lease import DatasetInUseError, Lease, lease
 from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.preprocess.sources.survey import Survey, survey
 from pipelines.schema import Manifest, read_manifest, require_manifest
@@ -39,7 +39,7 @@ def run_stage(job: PreprocessJob, stage: str) -> str | None:
     try:
         with lease(Storage(folder, job.storage)) as held:
             return _run_stage(job, stage, held)
-    except DatasetInUseError as error:
+    except InUseError as error:
         raise JobError(str(error), USAGE_ERROR) from error
 
 

@@ -170,25 +170,20 @@ class Storage:
 
     def list(self, folder: str = "") -> list[FileStat]:
         """All files below `folder`, at any depth, sorted by name; files still being written are not among them."""
-        selector = pafs.FileSelector(self.path(folder), recursive=True, allow_not_found=True)
         start = len(self.root) + 1
         files = [
-            FileStat(info.path[start:], info.size, (info.mtime_ns or 0) // 1000)
-            for info in self.filesystem.get_file_info(selector)
-            if info.type == pafs.FileType.File and not info.base_name.startswith(TEMPORARY)
+            FileStat(info.path[start:], info.size, (info.mtime_ns or 0) // 1000) for info in self._files_below(folder)
         ]
         return sorted(files, key=lambda file: file.name)
 
     def list_table(self) -> pa.Table:
         """As `list`, of the whole folder, as columns name, size and modified_us: for folders of millions of files."""
         names, sizes, times = [], array("q"), array("q")
-        selector = pafs.FileSelector(self.path(), recursive=True, allow_not_found=True)
         start = len(self.root) + 1
-        for info in self.filesystem.get_file_info(selector):
-            if info.type == pafs.FileType.File and not info.base_name.startswith(TEMPORARY):
-                names.append(info.path[start:])
-                sizes.append(info.size)
-                times.append((info.mtime_ns or 0) // 1000)
+        for info in self._files_below(""):
+            names.append(info.path[start:])
+            sizes.append(info.size)
+            times.append((info.mtime_ns or 0) // 1000)
         columns = {"name": pa.array(names, pa.string()), "size": pa.array(sizes), "modified_us": pa.array(times)}
         return pa.table(columns).sort_by("name")
 
@@ -276,6 +271,16 @@ class Storage:
         buffer = sink.getvalue()
         self.write(name, buffer)
         return buffer.size
+
+    def _files_below(self, folder: str) -> Iterator[pafs.FileInfo]:
+        selector = pafs.FileSelector(self.path(folder), recursive=True, allow_not_found=True)
+        try:
+            found = self.filesystem.get_file_info(selector)
+        except FileNotFoundError:  # of a folder that came while it was looked for: not there at first, there at last
+            found = self.filesystem.get_file_info(selector)
+        for info in found:
+            if info.type == pafs.FileType.File and not info.base_name.startswith(TEMPORARY):
+                yield info
 
     def remove_incomplete(self) -> int:
         """Delete what writers that were killed left behind; returns how many files. Local folders only."""

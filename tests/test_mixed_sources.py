@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from pipelines.config import ColumnsConfig, CropConfig, SourceConfig, StageResources
+from pipelines.lease import lease
 from pipelines.originals import Originals
 from pipelines.preprocess.config import AlertConfig, BucketConfig, FilterConfig, ScoreLimits
 from pipelines.preprocess.encode import crop_images
-from pipelines.preprocess.lease import lease
 from pipelines.preprocess.pipeline import Outcome, build_index
 from pipelines.preprocess.write import FAILURE
 from pipelines.schema import kept_rows

@@ -14,7 +14,7 @@ from PIL import Image
 from jobs import preprocess
 from jobs.cli import HELD, LOOK, USAGE_ERROR, main
 from jobs.config import PreprocessJob
-from pipelines.preprocess.lease import lease
+from pipelines.lease import lease
 from pipelines.schema import Column, data_files, require_manifest
 from pipelines.storage import Storage
 from tests.conftest import ROOT, Cluster

@@ -17,13 +17,13 @@ from model.config import CONTEXT_LENGTH, TextConfig
 from pipelines import networks
 from pipelines.captions import out_of_lists
 from pipelines.config import CropConfig, SourceConfig, StageResources, TextWeightsConfig, WeightsConfig
+from pipelines.lease import Lease
 from pipelines.originals import Originals
 from pipelines.preprocess.alert import Change, change_of, judge
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
 from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig
 from pipelines.preprocess.encode import Encoder, crop_images
 from pipelines.preprocess.filter import caption_counts, decide
-from pipelines.preprocess.lease import Lease
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.sources.listing import (
     ERROR,

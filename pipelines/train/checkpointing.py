@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -39,9 +39,9 @@ SLOWEST_WORKER = timedelta(hours=2)  # that the others wait for at the end of a 
 class Checkpointer:
     """Writes and reads the checkpoints of one attempt. All workers call its methods, in the same order."""
 
-    def __init__(self, run: Storage, keep: int) -> None:
-        """`run` is the run's output; the newest `keep` checkpoints stay."""
-        self._run, self._keep = run, keep
+    def __init__(self, run: Storage, keep: int, check: Callable[[], None]) -> None:
+        """`run` is the run's output, whose newest `keep` checkpoints stay; `check` raises where another job has it."""
+        self._run, self._keep, self._check = run, keep, check
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._group: Any = torch.distributed.new_group(backend="gloo", timeout=SLOWEST_WORKER)  # not training's
         self._attempt = self._from_worker_0(uuid.uuid4().hex[:8])
@@ -57,6 +57,7 @@ class Checkpointer:
         """
         name = self._from_worker_0(newest_checkpoint(self._run) if self._rank == 0 else None)
         if self._rank == 0:
+            self._check()
             self._delete_unfinished()
         if name is None:
             return 0
@@ -109,6 +110,7 @@ class Checkpointer:
             raise RuntimeError(f"{checkpoint.uri} could not be written: {'; '.join(failures)}")
         if self._rank == 0:
             files = {file: size for sizes, _ in told for file, size in sizes.items()}
+            self._check()
             checkpoint.write_json(PROGRESS, progress | {"files": files})
             for name in list_checkpoints(self._run)[: -self._keep]:
                 _delete(self._run, name)

@@ -16,6 +16,7 @@ from model.config import Conditioning
 from pipelines import networks
 from pipelines.checkpoints import RUN, newest_checkpoint, read_progress
 from pipelines.config import TrackingConfig, flat, without_secrets
+from pipelines.lease import Lease
 from pipelines.progress import progress
 from pipelines.schema import Manifest, require_manifest
 from pipelines.sources import WEIGHTS_FILE
@@ -69,18 +70,19 @@ def train(
     workers: WorkersConfig,
     tracking: TrackingConfig,
     options: StorageOptions,
-    output: Storage,
+    held: Lease,
     settings: Mapping[str, Any],
     begin: Callable[[], None],
 ) -> int:
     """Train to schedule.images; gives how many more that is than were finished before: 0 if there is nothing to do.
 
-    The same call again resumes.
+    The same call again resumes. `held` is the right to write the run's folder.
 
     `settings` is the job's resolved configuration; `begin` is called when all is checked and there is something to do,
-    before the first use of Ray. Raises ValueError where `settings` differ from those of the run in
-    `output`, or where the dataset was not made by the networks that it names.
+    before the first use of Ray. Raises ValueError where `settings` differ from those of the run in the
+    folder, or where the dataset was not made by the networks that it names.
     """
+    output = held.dataset
     before = output.read_json(RUN) if output.exists(RUN) else None
     if before is not None:
         _check_unchanged(before["settings"], settings, output)
@@ -132,7 +134,7 @@ def train(
                 ema=ema,
                 schedule=schedule,
                 workers=workers,
-                output=output,
+                held=held,
                 options=options,
                 pinned=manifest.digest,
                 ticket=ticket,
@@ -148,6 +150,7 @@ def train(
         if not output.exists(WEIGHTS_FILE):
             raise RuntimeError(f"{output.uri}: training ended and left no {WEIGHTS_FILE}")
         run["finished_images"] = schedule.images
+        held.check()
         output.write_json(RUN, run)
         tracked.model(f"{output.uri.rstrip('/')}/{WEIGHTS_FILE}", schedule.images)
     if run["run_id"] != tracked.ticket.run_id:  # the server answered only later

@@ -15,6 +15,7 @@ import torch
 from model.speed import compile_blocks
 from model.unet import UNet
 from model.vae import VAE
+from pipelines.lease import Lease
 from pipelines.storage import Storage, StorageOptions
 from pipelines.tracking import Ticket, Tracker
 from pipelines.train.batches import Slices
@@ -49,8 +50,8 @@ class Training:
     ema: EMAConfig
     schedule: ScheduleConfig
     workers: WorkersConfig
-    output: Storage
-    """Folder of the run."""
+    held: Lease
+    """The job's right to write the folder of the run."""
     options: StorageOptions
     pinned: str
     """Digest of the manifest of the dataset that the run reads."""
@@ -58,6 +59,11 @@ class Training:
     """The MLflow run, for worker 0."""
     board: Any
     """Handle of the driver's ProgressBoard."""
+
+    @property
+    def output(self) -> Storage:
+        """Folder of the run."""
+        return self.held.dataset
 
 
 def train_on_worker(settings: dict[str, Training]) -> None:
@@ -71,7 +77,7 @@ def train_on_worker(settings: dict[str, Training]) -> None:
     validation = hide(task, training.output, batch, schedule, rank=rank, world=world)
     engines = _engines(task, training, device)
     plan = Plan(task.reader.files, batch)
-    checkpointer = Checkpointer(training.output, schedule.keep_checkpoints)
+    checkpointer = Checkpointer(training.output, schedule.keep_checkpoints, training.held.check)
     step = checkpointer.restore(engines)
     steps = -(-schedule.images // batch.global_size)
     slices = Slices(task.reader, plan, rank, world, step)
@@ -110,17 +116,18 @@ def train_on_worker(settings: dict[str, Training]) -> None:
             checkpointer.save(engines, step, images_seen)
     else:
         checkpointer.finish()
-        _export(averaged, task, plan, training.output)
+        _export(averaged, task, plan, training.held)
     checkpointer.finish()
     if tracker:
         tracker.leave()
 
 
-def _export(averaged: Engine, task: Task, plan: Plan, output: Storage) -> None:
+def _export(averaged: Engine, task: Task, plan: Plan, held: Lease) -> None:
     weights = averaged.full_weights(averaged=True)
     with averaged.averaged() as network:
         if torch.distributed.get_rank() == 0:
-            export(task, network, weights, plan, output)
+            held.check()
+            export(task, network, weights, plan, held.dataset)
 
 
 def _task(training: Training, device: torch.device) -> Task:

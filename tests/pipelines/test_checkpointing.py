@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipelines.checkpoints import WEIGHTS, Run, list_checkpoints, newest_checkpoint, read_progress
+from pipelines.lease import LeaseLostError
 from pipelines.storage import Storage
 from pipelines.train import checkpointing
 from pipelines.train.checkpointing import Checkpointer
@@ -46,8 +47,12 @@ def run(tmp_path: Path) -> Storage:
     return Storage(str(tmp_path))
 
 
+def mine() -> None:
+    """The run is this job's."""
+
+
 def saved(run: Storage, *steps: int, keep: int = 2) -> Checkpointer:
-    checkpointer, engine = Checkpointer(run, keep), Counter()
+    checkpointer, engine = Checkpointer(run, keep, mine), Counter()
     for step in steps:
         engine.value = step / 8
         checkpointer.save({"net": engine}, step, step * 10)
@@ -57,7 +62,7 @@ def saved(run: Storage, *steps: int, keep: int = 2) -> Checkpointer:
 
 def restored(run: Storage) -> tuple[int, float]:
     engine = Counter()
-    return Checkpointer(run, 2).restore({"net": engine}), engine.value
+    return Checkpointer(run, 2, mine).restore({"net": engine}), engine.value
 
 
 def test_the_newest_is_taken_up_and_older_ones_go(run):
@@ -78,7 +83,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits_f
         return write(*arguments)
 
     monkeypatch.setattr(checkpointing, "write_shard", slowly)
-    checkpointer, engine = Checkpointer(run, 2), Counter()
+    checkpointer, engine = Checkpointer(run, 2, mine), Counter()
     checkpointer.save({"net": engine}, 1, 10)
     assert begun.wait(WAIT)
     engine.value = 5.0  # training goes on, and what is written is what was
@@ -125,6 +130,23 @@ def test_what_cannot_be_written_is_told_and_the_one_before_stays(run, monkeypatc
     monkeypatch.setattr(checkpointing, "write_shard", full)
     with pytest.raises(RuntimeError, match=r"could not be written: worker 0: OSError: no space left"):
         saved(run, 2)
+    assert restored(run) == (1, 1 / 8)
+
+
+def test_a_job_that_has_lost_its_run_commits_nothing_and_deletes_nothing(run):
+    saved(run, 1)
+    (run.folder("checkpoints/of-the-other-job")).write("net/rank_00000.safetensors", b"being written")
+
+    def taken_over() -> None:
+        raise LeaseLostError("another process took over")
+
+    checkpointer = Checkpointer(run, 1, taken_over)
+    checkpointer.save({"net": Counter()}, 2, 20)
+    with pytest.raises(LeaseLostError):
+        checkpointer.finish()
+    with pytest.raises(LeaseLostError):
+        checkpointer.restore({"net": Counter()})
+    assert run.exists("checkpoints/of-the-other-job/net/rank_00000.safetensors")
     assert restored(run) == (1, 1 / 8)
 
 

@@ -150,6 +150,10 @@ def leave() -> None:
             setattr(deepspeed.utils.groups, name, None)
 
 
+def mine() -> None:
+    """The run is this job's."""
+
+
 def trained_by_a_pair(case: Case, folder: Path) -> dict[str, Any]:
     """What a run of four steps leaves, and one that is broken off after two and taken up again."""
     from pipelines.train.checkpointing import Checkpointer
@@ -157,7 +161,7 @@ def trained_by_a_pair(case: Case, folder: Path) -> dict[str, Any]:
     run = Storage(str(folder / case.name))
     engine = new_engine(case, 2)
     found: dict[str, Any] = {"start": engine.full_weights()}
-    checkpointer = Checkpointer(run, keep=1)
+    checkpointer = Checkpointer(run, 1, mine)
     found["nothing"] = checkpointer.restore({"net": engine})
     losses = train(engine, case, 0, 1)
     checkpointer.save({"net": engine}, 1, GLOBAL)
@@ -173,7 +177,7 @@ def trained_by_a_pair(case: Case, folder: Path) -> dict[str, Any]:
         found["called"] = torch.equal(engine(x), averaged(x))
     found |= {"untouched": same(before, state_of(engine)), "end": state_of(engine), "norm": engine.gradient_norm()}
     resumed = new_engine(case, 2)
-    found["steps"] = Checkpointer(run, keep=1).restore({"net": resumed})
+    found["steps"] = Checkpointer(run, 1, mine).restore({"net": resumed})
     train(resumed, case, 2, STEPS)
     found["resumed"] = same(found["end"], state_of(resumed))
     found["refused"] = list(refusals(case))
@@ -187,7 +191,7 @@ def moved_to_four(name: str, stage: str, folder: Path) -> dict[str, Any]:
     case = Case(int(stage[0]), offload=stage.endswith("o"), passes=1)
     engine = new_engine(case, WORKERS)
     run = Storage(str(folder / name))
-    steps = Checkpointer(run, keep=1).restore({"net": engine})
+    steps = Checkpointer(run, 1, mine).restore({"net": engine})
     found = {"half": state_of(engine), "steps": steps, "losses": train(engine, case, 2, STEPS)}
     return found | {"end": state_of(engine)}
 

@@ -1,8 +1,9 @@
-"""One writer per dataset: a live holder is respected, a dead one replaced, a paused one kept from committing."""
+"""One writer per dataset or run: a live holder is respected, a dead one replaced, a paused one kept from committing."""
 
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,14 +14,14 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.preprocess import lease as module
-from pipelines.preprocess.lease import FOLDER, DatasetInUseError, LeaseLostError, lease
+from pipelines import lease as module
+from pipelines.lease import FOLDER, InUseError, LeaseLostError, lease
 from pipelines.storage import Storage, StorageOptions
 from tests.conftest import S3
 
 HOLD = """
 import sys
-from pipelines.preprocess.lease import lease
+from pipelines.lease import lease
 from pipelines.storage import Storage
 with lease(Storage(sys.argv[1])) as held:
     print("held", flush=True)
@@ -59,12 +60,20 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_live_holder_is_named_and_respected_and_nothing_of_it_stays(dataset):
     with holder(dataset) as process:
         named = rf"process {process.pid} on .* since 20.*wait until it has ended"
-        with pytest.raises(DatasetInUseError, match=named), lease(dataset):
+        with pytest.raises(InUseError, match=named), lease(dataset):
             pytest.fail("held twice")
         process.communicate("\n")
     with lease(dataset) as held:
         held.check()
     assert dataset.list() == []
+
+
+def test_a_lease_that_has_ended_lets_no_one_commit_who_was_given_it(dataset):
+    with lease(dataset) as held:
+        given = pickle.loads(pickle.dumps(held))
+        given.check()
+    with pytest.raises(LeaseLostError, match="the job has ended"):
+        given.check()
 
 
 def test_a_killed_holder_is_replaced_at_once(dataset):
@@ -89,7 +98,7 @@ def test_from_another_machine_a_silent_holder_is_told_from_one_that_beats(datase
         elsewhere(monkeypatch)
         beating = threading.Timer(0.2, lambda: module._write(dataset, replace(held.claim, beat=7)))
         beating.start()
-        with pytest.raises(DatasetInUseError):
+        with pytest.raises(InUseError):
             module._acquire(dataset)
         beating.join()
         module._acquire(dataset)
@@ -120,7 +129,7 @@ def test_of_many_at_the_same_time_never_two_hold_it(dataset, monkeypatch):
                 most[0] = max(most[0], len(inside))
                 threading.Event().wait(0.05)
                 inside.remove(number)
-        except DatasetInUseError:
+        except InUseError:
             pass
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
@@ -136,7 +145,7 @@ def test_a_lease_on_s3(s3: S3, monkeypatch):
     options = StorageOptions(s3_endpoint=s3.endpoint, s3_region="us-east-1")
     dataset = Storage(f"s3://{s3.bucket}/leased", options)
     with lease(dataset) as held:
-        with pytest.raises(DatasetInUseError):
+        with pytest.raises(InUseError):
             module._acquire(dataset)
         elsewhere(monkeypatch)
         with lease(dataset) as newer:

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from pipelines.config import SourceConfig, StageResources
+from pipelines.lease import Lease, LeaseLostError, lease
 from pipelines.originals import Originals
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
 from pipelines.preprocess.config import AlertConfig, BucketConfig, FilterConfig, ScoreLimits
 from pipelines.preprocess.filter import FILTERS, MEASURED, caption_counts, decide
-from pipelines.preprocess.lease import Lease, LeaseLostError, lease
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.pipeline import Outcome, _commit_latents, build_index
 from pipelines.preprocess.sources.listing import list_inputs

@@ -1,4 +1,5 @@
-"""One writer per dataset, on any storage: a lease that a dead owner loses and that a paused one cannot commit under.
+"""One writer per folder, a dataset or a training run, on any storage: a lease that a dead owner loses, and under which
+a paused one, or what it has started elsewhere, cannot commit.
 
 It asks of the storage only that a file which was written is listed from then on. Names are never shared between
 owners, so servers without conditional writes serve as well:
@@ -21,7 +22,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,12 +34,12 @@ SILENT_SECONDS = 30.0  # a claim whose beat stands still for so long has lost it
 TRIES = 5  # two who claim at the same time both step back, and try again after a random wait
 
 
-class DatasetInUseError(OSError):
-    """Another process writes the dataset."""
+class InUseError(OSError):
+    """Another process writes the folder."""
 
 
 class LeaseLostError(OSError):
-    """The lease was taken over while this process did not answer."""
+    """The lease has ended, or was taken over while its owner did not answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,53 +62,59 @@ class Claim:
     """Raised every BEAT_SECONDS."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Lease:
-    """The right to commit to `dataset`, while it is held."""
+    """The right to commit to `dataset`, while it is held; workers elsewhere are given it to ask for themselves."""
 
     dataset: Storage
+    """What is written: a dataset's folder, or a run's."""
     claim: Claim
-    _ended: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
-        """Raise LeaseLostError where the lease was taken over. A commit asks just before it counts."""
-        if self.dataset.exists(_broken(self.claim.owner)):
+        """Raise LeaseLostError where the lease has ended or was taken over. A commit asks just before it counts."""
+        owner = self.claim.owner
+        if self.dataset.exists(_broken(owner)):
             raise LeaseLostError(
                 f"{self.dataset.uri}: another process took over while this one did not answer for {SILENT_SECONDS:g} s;"
                 " nothing was committed, and finished files are kept: run the job again when the other has ended"
             )
-
-    def beat(self) -> None:
-        """Raise the beat until the lease ends. A failure of the storage is told, and left to whoever writes next."""
-        while not self._ended.wait(BEAT_SECONDS):
-            self.claim = replace(self.claim, beat=self.claim.beat + 1)
-            try:
-                self.check()
-                _write(self.dataset, self.claim)
-            except LeaseLostError:
-                return
-            except OSError as error:
-                logging.getLogger(__name__).warning(
-                    "%s: beat %d of the lease was not written, and is tried again: %s",
-                    self.dataset.uri,
-                    self.claim.beat,
-                    error,
-                )
+        if not self.dataset.exists(_claim(owner)):
+            raise LeaseLostError(f"{self.dataset.uri}: the job has ended, and what it has started may not go on")
 
 
 @contextmanager
 def lease(dataset: Storage) -> Iterator[Lease]:
-    """Hold the dataset for the block. Raises DatasetInUseError, naming the holder and the remedy, where it is held."""
+    """Hold the folder for the block. Raises InUseError, naming the holder and the remedy, where it is held."""
     held = Lease(dataset, _acquire(dataset))
-    thread = threading.Thread(target=held.beat, daemon=True, name="lease")
+    ended = threading.Event()
+    thread = threading.Thread(target=_beat, args=(held, ended), daemon=True, name="lease")
     thread.start()
     try:
         yield held
     finally:
-        held._ended.set()
+        ended.set()
         thread.join()
         if dataset.exists(_claim(held.claim.owner)):
             dataset.delete(_claim(held.claim.owner))
+
+
+def _beat(held: Lease, ended: threading.Event) -> None:
+    """Raise the beat until the lease ends. A failure of the storage is told, and left to whoever writes next."""
+    claim = held.claim
+    while not ended.wait(BEAT_SECONDS):
+        claim = replace(claim, beat=claim.beat + 1)
+        try:
+            held.check()
+            _write(held.dataset, claim)
+        except LeaseLostError:
+            return
+        except OSError as error:
+            logging.getLogger(__name__).warning(
+                "%s: beat %d of the lease was not written, and is tried again: %s",
+                held.dataset.uri,
+                claim.beat,
+                error,
+            )
 
 
 def _acquire(dataset: Storage) -> Claim:
@@ -127,13 +134,13 @@ def _acquire(dataset: Storage) -> Claim:
             return claim
         dataset.delete(_claim(claim.owner))
         time.sleep(random.uniform(0, BEAT_SECONDS / 5))
-    raise DatasetInUseError(f"{dataset.uri}: other processes start on it at the same time: run the job again")
+    raise InUseError(f"{dataset.uri}: other processes start on it at the same time: run the job again")
 
 
 def _refuse_or_break(dataset: Storage, claim: Claim) -> None:
-    """Break the claim of a dead owner; raise DatasetInUseError for a live one."""
+    """Break the claim of a dead owner; raise InUseError for a live one."""
     if not _is_dead(dataset, claim):
-        raise DatasetInUseError(
+        raise InUseError(
             f"{dataset.uri} is being written by process {claim.pid} on {claim.host} since {claim.since}: wait until it "
             "has ended, or end it; a process that was killed is noticed by itself, on another machine after "
             f"{SILENT_SECONDS:g} s"

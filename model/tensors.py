@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,6 +36,14 @@ DTYPES = {
 SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")  # how names of weight files end
 VARIANTS = ("", ".fp16")  # of a folder's weights, by preference
 IGNORED = ("model_ema.", "position_ids")  # some published files hold averages and constants that no network reads
+
+
+class Writable(Protocol):
+    """What takes bytes, one after another."""
+
+    def write(self, data: Any, /) -> Any:
+        """Take bytes, or anything that has them in place."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,23 @@ def write_file(
     """Write a safetensors file tensor by tensor, under another name until it is whole; `wrote` is told every key."""
     target = Path(path)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write_stream(file, state, metadata, wrote)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_stream(
+    file: Writable,
+    state: State,
+    metadata: Mapping[str, str] | None = None,
+    wrote: Callable[[str], None] = lambda key: None,
+) -> int:
+    """Write what a safetensors file holds, tensor by tensor, in order; gives its size in bytes."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     order = sorted(state, key=lambda key: (-state[key].dtype.itemsize, key))  # so that every tensor is aligned
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -177,19 +202,13 @@ def write_file(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    try:
-        with open(partial, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for key in order:
-                tensor = state[key].read()
-                assert (tuple(tensor.shape), tensor.dtype) == (state[key].shape, state[key].dtype), key
-                file.write(raw(tensor.cpu().contiguous()))
-                wrote(key)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for key in order:
+        tensor = state[key].read()
+        assert (tuple(tensor.shape), tensor.dtype) == (state[key].shape, state[key].dtype), key
+        file.write(raw(tensor.cpu().contiguous()))
+        wrote(key)
+    return 8 + len(text) + end
 
 
 def fill(

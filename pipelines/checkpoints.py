@@ -11,16 +11,14 @@ from __future__ import annotations
 import json
 import math
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.tensors import check_keys, raw, shapes, stored, write_file
+from model.tensors import check_keys, raw, shapes, stored, write_stream
 from pipelines.storage import RangeReader, Storage
 
 RUN = "run.json"  # what a run is: stage, settings, pinned dataset, MLflow run; finished_images when it is done
@@ -89,16 +87,8 @@ def write_shard(
         "runs": json.dumps([[run.name, run.start, run.length] for run in runs]),
         "parameters": json.dumps({name: list(shape) for name, shape in parameters.items()}),
     }
-    if checkpoint.is_local:
-        path = Path(checkpoint.path(file))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, stored(tensors), metadata)
-        return path.stat().st_size
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "shard.safetensors")
-        write_file(path, stored(tensors), metadata)
-        checkpoint.upload(file, path)
-        return path.stat().st_size
+    with checkpoint.output(file) as stream:
+        return write_stream(stream, stored(tensors), metadata)
 
 
 def read_progress(checkpoint: Storage) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +25,7 @@ from pyarrow import fs as pafs
 
 READ_AHEAD = 2**20  # bytes of a stream
 TABLE_READERS, TABLES_AHEAD = 16, 64  # tables that are read at a time, and before they are asked for
+UPLOADED_AT_A_TIME = 2**26  # bytes of an upload that are in memory twice
 TEMPORARY = ".incomplete-"  # prefix of a local file that is still being written
 
 
@@ -106,6 +107,19 @@ class _Stream(io.RawIOBase):
         return count
 
 
+class _Upload:
+    """An upload that waits for what it was given, a piece at a time: its own buffer would grow without end."""
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self._stream = stream
+
+    def write(self, data: Any, /) -> None:
+        view = memoryview(data)
+        for start in range(0, len(view), UPLOADED_AT_A_TIME):
+            self._stream.write(view[start : start + UPLOADED_AT_A_TIME])
+            self._stream.flush()
+
+
 @dataclass(frozen=True)
 class Storage:
     """The folder at `uri`: a local path or s3://bucket/prefix. Names are relative to it, with forward slashes."""
@@ -176,6 +190,13 @@ class Storage:
         ]
         return sorted(files, key=lambda file: file.name)
 
+    def folders(self, folder: str = "") -> set[str]:
+        """The names of the folders in `folder`, also of those whose files are all still being written."""
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
+        start = len(self.root) + 1
+        found = self.filesystem.get_file_info(selector)
+        return {info.path[start:] for info in found if info.type == pafs.FileType.Directory}
+
     def list_table(self) -> pa.Table:
         """As `list`, of the whole folder, as columns name, size and modified_us: for folders of millions of files."""
         names, sizes, times = [], array("q"), array("q")
@@ -220,6 +241,22 @@ class Storage:
             return
         with _replacing(target) as temporary, open(temporary, "wb") as file:
             file.write(data)
+
+    @contextmanager
+    def output(self, name: str) -> Iterator[BinaryIO | _Upload]:
+        """`name`, for the block to write piece by piece, without a copy elsewhere; if that fails, it is not there."""
+        target = self.path(name)
+        if self.is_local:
+            with _replacing(target) as temporary, open(temporary, "wb") as file:
+                yield file
+            return
+        with self.filesystem.open_output_stream(target) as stream:
+            try:
+                yield _Upload(stream)
+            except BaseException:
+                stream.close()  # which completes the upload as it is
+                self.filesystem.delete_file(target)
+                raise
 
     def upload(self, name: str, file: str | os.PathLike[str]) -> None:
         """Copy a local file, however large, to `name`, whole."""

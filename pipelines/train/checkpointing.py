@@ -8,7 +8,6 @@ worker dies before.
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -123,10 +122,7 @@ class Checkpointer:
 
     def _delete_unfinished(self) -> None:
         """Delete what attempts that died left of checkpoints that are none."""
-        folders = {
-            match[0] for file in self._run.list(CHECKPOINTS) if (match := re.match("[^/]+/[^/]+(?=/)", file.name))
-        }
-        for name in folders - set(list_checkpoints(self._run)):
+        for name in self._run.folders(CHECKPOINTS) - set(list_checkpoints(self._run)):
             _delete(self._run, name)
 
 

@@ -1,3 +1,4 @@
+import os
 import pickle
 import signal
 import subprocess
@@ -6,7 +7,9 @@ import sys
 import pyarrow as pa
 import pytest
 
+from pipelines import storage as module
 from pipelines.storage import Storage, StorageOptions
+from tests.conftest import S3
 
 TABLE = pa.table({"name": ["b", None, "a"], "number": pa.array([1, 2, None], pa.int32())})
 
@@ -155,6 +158,31 @@ def test_an_upload_that_fails_leaves_neither_name_nor_temporary(storage, tmp_pat
     with pytest.raises(OSError, match="No space"):
         storage.upload("deep/copy", tmp_path / "weights")
     assert on_disk(tmp_path) == ["weights"]
+
+
+def written_in_pieces(storage: Storage) -> None:
+    """A file that is whole, one that is broken off, and what is listed meanwhile."""
+    data = os.urandom(20_000_000)
+    with storage.output("folder/whole") as file:
+        file.write(data[:7])
+        file.write(memoryview(data)[7:])
+        assert names(storage) == []
+    assert storage.read("folder/whole") == data
+    with pytest.raises(TypeError), storage.output("other/broken") as file:
+        [file.write(part) for part in (data, "no bytes")]
+    assert storage.folders() >= {"folder"}
+    assert names(storage) == ["folder/whole"]
+
+
+def test_what_is_written_in_pieces_is_whole_or_not_there(storage, tmp_path):
+    written_in_pieces(storage)
+    assert on_disk(tmp_path) == ["folder/folder/whole"]
+
+
+def test_what_is_uploaded_in_pieces_is_whole_or_not_there(s3: S3, monkeypatch):
+    monkeypatch.setattr(module, "UPLOADED_AT_A_TIME", 3_000_000)
+    options = StorageOptions(s3_endpoint=s3.endpoint, s3_region="us-east-1")
+    written_in_pieces(Storage(f"s3://{s3.bucket}/pieces", options))
 
 
 def test_a_deleted_file_is_gone(storage):

@@ -170,7 +170,13 @@ class TrainingJob(Job):
         batch, workers = self.batch, self.workers
         if workers.offload_optimizer and workers.zero_stage < 2:
             raise ValueError(f"workers.offload_optimizer: stage {workers.zero_stage} does not offload; take 2 or 3")
-        passes = batch.global_size // (batch.micro_size * workers.count)
+        if workers.offload_optimizer and self.optimizer.implementation == "8bit":
+            raise ValueError(
+                'optimizer.implementation: "8bit" saves memory of the GPU, where offloading leaves nothing'
+            )
+        if workers.fewest > workers.count:
+            raise ValueError(f"workers.min_count: {workers.fewest} is more than workers.count, {workers.count}")
+        passes = -(-batch.global_size // (batch.micro_size * workers.fewest))
         if workers.zero_stage == 0 and workers.dtype == "bfloat16" and passes > 1:
             raise ValueError(
                 f"workers.zero_stage: stage 0 adds up {passes} passes in bfloat16, which loses digits; take 1, 2 or 3"
@@ -201,11 +207,6 @@ class TrainVAEJob(TrainingJob):
         check_preset("task.vae.preset", self.task.vae.preset, VAE_PRESETS)
         check_sources("task.", self.task.source, self.task.sources)
         check_preset("task.discriminator", self.task.discriminator, DISCRIMINATOR_PRESETS)
-        if self.workers.zero_stage == 3:
-            raise ValueError(
-                "workers.zero_stage: stage 3 shards the VAE's last layer, whose gradients balance its loss; the VAE is "
-                "small, take 2"
-            )
         loss, lpips = self.task.loss, self.task.lpips
         for name in ("perceptual_weight", "kl_weight", "adversarial_weight", "adversarial_start_images"):
             if not 0 <= getattr(loss, name) < float("inf"):

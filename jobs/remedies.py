@@ -45,8 +45,7 @@ REMEDIES = (
         cause="disk full",
         pattern=r"No space left on device|OutOfDiskError|file_system_monitor",
         advice="Make room, or give another output, and run the same command again: what is finished stays, and "
-        "nothing half-written counts. Where checkpoints go to s3://, a node needs room for its "
-        "workers' parts of one in its temporary folder (TMPDIR).",
+        "nothing half-written counts.",
     ),
     Remedy(
         cause="GPU memory full",

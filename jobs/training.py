@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 from jobs.cli import USAGE_ERROR, JobError, check_resources, settings, start_ray
 from jobs.config import TrainDenoiserJob, TrainingJob, TrainVAEJob
@@ -19,8 +20,8 @@ def train_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
     def begin() -> None:
         start_ray(job)
         workers = job.workers
-        gpus = {"GPU": float(workers.count)} if workers.gpu else {}
-        check_resources(job, "workers", CPU=workers.count * workers.cpus, **gpus)
+        gpus = {"GPU": float(workers.fewest)} if workers.gpu else {}
+        check_resources(job, "workers", CPU=workers.fewest * workers.cpus, **gpus)
 
     begun = time.perf_counter()
     try:
@@ -81,9 +82,9 @@ def plan_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
 def _print_memory(job: TrainVAEJob | TrainDenoiserJob, networks: Mapping[str, int]) -> None:
     from pipelines.estimate import memory_by_stage, readable
 
-    workers = job.workers
+    workers = replace(job.workers, count=job.workers.fewest)  # who hold the most each
     configured = f"stage {workers.zero_stage}" + (", offloaded" if workers.offload_optimizer else "")
-    stages = memory_by_stage(networks, workers, (0, 1, 2) if isinstance(job, TrainVAEJob) else (0, 1, 2, 3))
+    stages = memory_by_stage(networks, workers, (0, 1, 2, 3), job.optimizer.moment_bytes)
     print(f"memory of each of {workers.count} workers in {workers.dtype}, estimated, without activations:")
     for name, memory in stages.items():
         device, host = (readable(sum(sizes.values())) for sizes in (memory.device, memory.host))
@@ -101,3 +102,6 @@ def _print_steps(job: TrainingJob, rows: int) -> None:
         f"steps: {steps} of {batch.global_size} images ({workers.count} workers x {batch.micro_size} images x "
         f"{accumulation} passes), {job.schedule.images / max(1, rows):.1f} epochs"
     )
+    if workers.fewest < workers.count:
+        passes = -(-batch.global_size // (batch.micro_size * workers.fewest))
+        print(f"elastic: goes on with {workers.fewest} workers and {passes} passes, or as many as there are between")

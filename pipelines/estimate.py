@@ -57,8 +57,10 @@ class Memory:
         return next((size for size in GPU_SIZES if size >= needed), None)
 
 
-def memory_per_worker(networks: Mapping[str, int], workers: WorkersConfig) -> Memory:
+def memory_per_worker(networks: Mapping[str, int], workers: WorkersConfig, moment_bytes: float = 8.0) -> Memory:
     """What each worker needs, from the parameters of the networks that train; the first one is averaged.
+
+    `moment_bytes` are those of both moments of a parameter.
 
     It follows where DeepSpeed keeps what: under bf16 gradients are summed in fp32 beside those of the pass, under fp32
     the weights of stages 0 and 3 are those that the optimizer updates, and stage 3 puts a part of the weights together
@@ -77,7 +79,7 @@ def memory_per_worker(networks: Mapping[str, int], workers: WorkersConfig) -> Me
     }
     state = {
         "fp32 weights of the optimizer": 4 * total * shard if half or stage in (1, 2) else 0.0,
-        "AdamW moments": 8 * total * shard,
+        "AdamW moments": moment_bytes * total * shard,
         "averaged weights": 4 * averaged * shard,
     }
     host = {"checkpoint's copy": (12 * total + 4 * averaged) * part}
@@ -92,13 +94,16 @@ def memory_per_worker(networks: Mapping[str, int], workers: WorkersConfig) -> Me
 
 
 def memory_by_stage(
-    networks: Mapping[str, int], workers: WorkersConfig, stages: Sequence[Literal[0, 1, 2, 3]]
+    networks: Mapping[str, int],
+    workers: WorkersConfig,
+    stages: Sequence[Literal[0, 1, 2, 3]],
+    moment_bytes: float = 8.0,
 ) -> dict[str, Memory]:
     """What each worker needs under each ZeRO stage, and with the optimizer offloaded where that is possible."""
     found = {}
     for stage in stages:
         found[f"stage {stage}"] = memory_per_worker(
-            networks, replace(workers, zero_stage=stage, offload_optimizer=False)
+            networks, replace(workers, zero_stage=stage, offload_optimizer=False), moment_bytes
         )
         if stage > 1:
             found[f"stage {stage}, offloaded"] = memory_per_worker(

@@ -48,10 +48,13 @@ os.environ.update(  # before anything imports Ray, which reads its token once
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--benchmarks", action="store_true", help="run tests/benchmarks, which print and do not judge")
+    parser.addoption(
+        "--soak", type=float, metavar="MINUTES", help="run tests/soak, which kill at random for so long each"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    if collection_path.name == "benchmarks" and not config.getoption("--benchmarks"):
+    if collection_path.name in ("benchmarks", "soak") and not config.getoption(f"--{collection_path.name}"):
         return True
     return None
 
@@ -210,12 +213,10 @@ def killing(title: str, when: Callable[[], bool] = lambda: True) -> Iterator[lis
         while not stop.wait(0.05):
             if not when():
                 continue
-            for process in psutil.process_iter(["pid", "cmdline"]):
-                words = " ".join(process.info["cmdline"] or [])
-                if words.startswith("ray::") and title in words and _is_ours(process):
-                    os.kill(process.pid, signal.SIGKILL)
-                    killed.append(process.pid)
-                    return
+            for process in ray_workers(title)[:1]:
+                process.kill()
+                killed.append(process.pid)
+                return
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -224,6 +225,17 @@ def killing(title: str, when: Callable[[], bool] = lambda: True) -> Iterator[lis
     finally:
         stop.set()
         thread.join()
+
+
+def ray_workers(title: str) -> list[psutil.Process]:
+    """Ray workers of the cluster that this session started, whose title holds `title`."""
+    return [
+        process
+        for process in psutil.process_iter(["pid", "cmdline"])
+        if (words := " ".join(process.info["cmdline"] or "")).startswith("ray::")
+        and title in words
+        and _is_ours(process)
+    ]
 
 
 def _is_ours(process: psutil.Process) -> bool:

@@ -26,7 +26,7 @@ from pipelines.latents import LatentFile
 from pipelines.originals import Originals
 from pipelines.schema import Column, DataFile, Manifest, data_files, kept_rows, masks_of_pairs
 from pipelines.storage import Storage
-from pipelines.train.plan import Plan
+from pipelines.train.plan import Plan, cut_step
 
 PREFETCHED_STEPS = 2
 OPEN_FILES = 256  # latents files that each worker holds open
@@ -90,7 +90,8 @@ class Reader(Protocol):
 
 @dataclass
 class Slices:
-    """A worker's part of each step, as an endless iterator of lists of micro-batches, read ahead by a thread."""
+    """A worker's part of each step, as an endless iterator of lists of micro-batches and their weights in the step's
+    mean, read ahead by a thread."""
 
     reader: Reader
     plan: Plan
@@ -101,8 +102,8 @@ class Slices:
     waited_seconds: float = field(default=0.0, init=False)
     """Time that the training step has waited for data."""
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(PREFETCHED_STEPS)
+    def __iter__(self) -> Iterator[list[tuple[Batch, float]]]:
+        ready: queue.Queue[list[tuple[Batch, float]] | BaseException] = queue.Queue(PREFETCHED_STEPS)
         stopped = threading.Event()
 
         def work() -> None:
@@ -128,13 +129,13 @@ class Slices:
             stopped.set()
             thread.join()
 
-    def _read(self, step: int) -> list[Batch]:
+    def _read(self, step: int) -> list[tuple[Batch, float]]:
         planned, batch = self.plan.step(step), self.plan.batch
-        share = batch.global_size // self.world
         micro_batches = []
-        for start in range(self.rank * share, (self.rank + 1) * share, batch.micro_size):
-            rows = planned.rows[start : start + batch.micro_size]
-            micro_batches.append(self.reader.read(rows, planned.bucket, step * batch.global_size + start))
+        for part in cut_step(batch, self.rank, self.world):
+            first = step * batch.global_size + part.start
+            rows = planned.rows[part.start : part.stop]
+            micro_batches.append((self.reader.read(rows, planned.bucket, first), part.weight))
         return micro_batches
 
 

@@ -30,7 +30,7 @@ class BatchConfig:
     global_size: Count
     """Images per step over all workers."""
     micro_size: Count
-    """Images per worker and pass; global_size = micro_size x workers x accumulation."""
+    """Images per worker and pass, at most; global_size = micro_size x workers x accumulation."""
     shuffle_rows: Count = 8_192
     """Rows that are shuffled together; files are read in a drawn order, this many rows at a time."""
     seed: Amount = 0
@@ -60,6 +60,9 @@ class OptimizerConfig:
 
     lr: Positive = 1e-4
     """Learning rate after warm-up."""
+    implementation: Literal["auto", "plain", "fused", "8bit"] = "auto"
+    """How it computes: tensor by tensor ("plain"), in one kernel ("fused"), or with moments of 8 bits, a quarter of the
+    memory ("8bit", which needs bitsandbytes); "auto" is fused on a GPU, and plain elsewhere."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the two moments."""
     eps: Positive = 1e-8
@@ -79,6 +82,11 @@ class OptimizerConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     """Which steps are refused."""
 
+    @property
+    def moment_bytes(self) -> float:
+        """Bytes of both moments of a parameter; of 8 bits, with a scale for each 256."""
+        return 2 * (1 + 4 / 256) if self.implementation == "8bit" else 8.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig:
@@ -96,6 +104,12 @@ class WorkersConfig:
 
     count: Count = 1
     """Workers, one GPU each or one CPU share each."""
+    min_count: Count | None = None
+    """The fewest that training goes on with while the cluster lacks some, with the same global batch; None waits for
+    all."""
+    grow_seconds: Positive = 600.0
+    """With min_count, seconds between two looks whether the cluster has room for more workers; if it has, they all
+    start again from the last checkpoint."""
     gpu: bool = False
     """Whether each worker has a GPU."""
     cpus: Annotated[float, Ge(0)] = 1.0
@@ -116,6 +130,11 @@ class WorkersConfig:
     value of a GPU that is known in bfloat16, and leaves the curve out for others."""
     max_failures: Amount = 3
     """How often a run whose worker dies is resumed from its last checkpoint before it fails."""
+
+    @property
+    def fewest(self) -> int:
+        """Workers that training can go on with."""
+        return self.count if self.min_count is None else self.min_count
 
 
 @dataclass(frozen=True, kw_only=True)

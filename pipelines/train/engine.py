@@ -19,8 +19,12 @@ from torch import Tensor, nn
 from model.ema import EMA
 from pipelines.checkpoints import Shards
 from pipelines.train.config import BatchConfig, EMAConfig, OptimizerConfig, ScheduleConfig, WorkersConfig
-from pipelines.train.guard import GatedAdamW, Guard
+from pipelines.train.guard import Guard
+from pipelines.train.optimizers import adamw
+from pipelines.train.plan import cut_step
 from pipelines.train.sharded import Part, Sharded
+
+WHOLE_VALUES = 100_000  # of a parameter that stage 3 leaves whole: the VAE's last layer, which balances its losses
 
 
 class Engine:
@@ -49,18 +53,11 @@ class Engine:
         self._loss = torch.zeros(())  # mean over this step's passes so far
         self._refusal: str | None = "DeepSpeed tries the optimizer while it is made"
         self._judged = True
-        adamw = GatedAdamW(
-            network.parameters(),
-            may_step=self._may_step,
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=workers.gpu or None,
-        )
         exact = {key: parameter.detach().float().cpu().clone() for key, parameter in network.named_parameters()}
         self._engine, *_ = deepspeed.initialize(
-            model=network, optimizer=adamw, config=deepspeed_config(optimizer, batch, workers)
+            model=network,
+            optimizer=adamw(optimizer, network.parameters(), workers.gpu, self._may_step),
+            config=deepspeed_config(optimizer, batch, workers, torch.distributed.get_world_size()),
         )
         self._dtype = torch.bfloat16 if workers.dtype == "bfloat16" else torch.float32
         self.sharded = Sharded(self._engine, network, parameters, self._stage)
@@ -80,7 +77,7 @@ class Engine:
         return self.network(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's mean loss; workers are averaged."""
+        """Add the gradient of one micro-batch's mean loss, times its weight; passes and workers are averaged."""
         self._loss = self._loss.to(loss.device) + loss.detach().float() / self._engine.gradient_accumulation_steps()
         if self._stage > 0:
             self._engine.optimizer.clear_backward_seen_flag()
@@ -122,10 +119,11 @@ class Engine:
         return float(norm) if norm is not None else 0.0
 
     @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
-        """A network of the averaged weights, whole on every worker, in training's type; gone at the end.
+    def averaged(self, everywhere: bool = True) -> Iterator[nn.Module]:
+        """A network of the averaged weights, whole, in training's type; gone at the end.
 
-        It is another network than the one that learns, without DeepSpeed's hooks, and so not compiled.
+        Every worker has one, or worker 0 alone, and the others one on the meta device. It is another network than the
+        one that learns, without DeepSpeed's hooks, and so not compiled.
         """
         if self.ema is None:
             raise RuntimeError(f"{self.name} is not averaged")
@@ -134,7 +132,10 @@ class Engine:
         for name, value in trained.named_buffers():
             owner, _, attribute = name.rpartition(".")
             network.get_submodule(owner)._buffers[attribute] = value
+        here = everywhere or torch.distributed.get_rank() == 0
         for name, value in self.sharded.gathered(self.ema.shadow):
+            if not here:
+                continue
             owner, _, attribute = name.rpartition(".")
             weight = nn.Parameter(value.to(self._dtype, copy=True), requires_grad=False)
             setattr(network.get_submodule(owner), attribute, weight)
@@ -195,16 +196,18 @@ def learning_rate(config: OptimizerConfig, images_seen: int, left: int) -> float
     return config.lr * min(rising, floor + (1 - floor) * falling)
 
 
-def deepspeed_config(optimizer: OptimizerConfig, batch: BatchConfig, workers: WorkersConfig) -> dict[str, Any]:
-    """DeepSpeed's settings."""
+def deepspeed_config(
+    optimizer: OptimizerConfig, batch: BatchConfig, workers: WorkersConfig, world: int
+) -> dict[str, Any]:
+    """DeepSpeed's settings; `world` is the number of workers that are there."""
     half, stage = workers.dtype == "bfloat16", workers.zero_stage
     zero: dict[str, Any] = {"stage": stage, "memory_efficient_linear": False}  # which replaces F.linear everywhere
+    zero["stage3_param_persistence_threshold"] = WHOLE_VALUES
     if workers.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": workers.gpu}
     return {
-        "train_batch_size": batch.global_size,
-        "train_micro_batch_size_per_gpu": batch.micro_size,
-        "gradient_accumulation_steps": batch.global_size // (batch.micro_size * workers.count),
+        "train_micro_batch_size_per_gpu": batch.micro_size,  # told for its log: passes may be smaller
+        "gradient_accumulation_steps": len(cut_step(batch, 0, world)),
         "gradient_clipping": optimizer.clip_norm if stage or half else 0.0,  # without either, Engine clips
         "zero_optimization": zero,
         "bf16": {"enabled": half},

@@ -7,11 +7,10 @@ optimizer and average as they are, to the bit; its rows are written down, it is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipelines.storage import Storage
 from pipelines.train.batches import Reader
@@ -67,18 +66,6 @@ class Guard:
         if factor and self._taken >= self.config.window_steps and value > factor * mean:
             return f"{name} is {value:.6g}, above {factor:g} times its mean of {mean:.6g}"
         return None
-
-
-class GatedAdamW(torch.optim.AdamW):
-    """AdamW that asks before each step; DeepSpeed calls it when the gradient's norm is known."""
-
-    def __init__(self, *args: Any, may_step: Callable[[], bool], **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self._may_step = may_step
-
-    def step(self, closure: Any = None) -> Any:
-        """Update, unless the step is refused."""
-        return super().step(closure) if self._may_step() else None
 
 
 def record(output: Storage, reader: Reader, planned: PlannedBatch, images_seen: int, reasons: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from model.config import Conditioning
 from pipelines import networks
@@ -32,6 +33,7 @@ from pipelines.train.config import (
     WorkersConfig,
 )
 from pipelines.train.loop import Training, train_on_worker
+from pipelines.train.optimizers import check_installed
 from pipelines.train.validation import hold_out
 
 FREE_SETTINGS = (
@@ -42,7 +44,10 @@ FREE_SETTINGS = (
     "task.samples.",
     "batch.micro_size",
     "optimizer.guard.",
+    "optimizer.implementation",
     "workers.count",
+    "workers.min_count",
+    "workers.grow_seconds",
     "workers.zero_stage",
     "workers.offload_optimizer",
     "workers.max_failures",
@@ -82,6 +87,7 @@ def train(
     before the first use of Ray. Raises ValueError where `settings` differ from those of the run in the
     folder, or where the dataset was not made by the networks that it names.
     """
+    check_installed(optimizer)
     output = held.dataset
     before = output.read_json(RUN) if output.exists(RUN) else None
     if before is not None:
@@ -185,13 +191,15 @@ def check_latents(task: DenoiserTaskConfig, manifest: Manifest, options: Storage
 
 def _trainer(training: Training) -> TorchTrainer:
     workers, output = training.workers, training.output
+    count: Any = workers.count if workers.min_count is None else (workers.min_count, workers.count)
     gpu = {"GPU": 1} if workers.gpu else {}
     return TorchTrainer(
         train_on_worker,
         train_loop_config={"training": training},
         torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=workers.count,
+            num_workers=count,
+            elastic_resize_monitor_interval_s=workers.grow_seconds,  # type: ignore[call-arg]  # the stubs are Train V1's
             use_gpu=workers.gpu,
             resources_per_worker={"CPU": workers.cpus, **gpu},
         ),
@@ -200,7 +208,7 @@ def _trainer(training: Training) -> TorchTrainer:
             storage_path=output.root,
             storage_filesystem=output.filesystem,
             failure_config=FailureConfig(max_failures=workers.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # the stub is Train V1's
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
         ),
     )
 
@@ -267,7 +275,8 @@ class ProgressBoard:
 @contextmanager
 def _board(stage: str, images: int) -> Iterator[Any]:
     """A board for the workers, drawn as a progress bar until the block ends."""
-    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # workers' nodes may go
+    board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     stopped = threading.Event()
 
     def draw() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -88,13 +88,13 @@ def train_on_worker(settings: dict[str, Training]) -> None:
 
     for micro_batches in itertools.islice(slices, max(0, steps - step)):  # none if only the export was missed
         images_seen = (step + 1) * batch.global_size
-        for micro_batch in micro_batches:
+        for micro_batch, weight in micro_batches:
             meter.saw(micro_batch.count, micro_batch.bucket)
             for loss in task.losses(engines, micro_batch):
                 engine = engines[loss.engine]
-                engine.backward(loss.per_sample.mean())
+                engine.backward(loss.per_sample.mean() * weight)
                 engine.step(images_seen)
-                meter.add(loss)
+                meter.add(loss, weight)
         step += 1
         last = step == steps
         if not _accepted(engines, task, plan.step(step - 1), images_seen, training):
@@ -124,7 +124,7 @@ def train_on_worker(settings: dict[str, Training]) -> None:
 
 def _export(averaged: Engine, task: Task, plan: Plan, held: Lease) -> None:
     weights = averaged.full_weights(averaged=True)
-    with averaged.averaged() as network:
+    with averaged.averaged(everywhere=False) as network:
         if torch.distributed.get_rank() == 0:
             held.check()
             export(task, network, weights, plan, held.dataset)
@@ -139,7 +139,8 @@ def _task(training: Training, device: torch.device) -> Task:
 def _engines(task: Task, training: Training, device: torch.device) -> dict[str, Engine]:
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(training.workers.cpus)))
-    engines = {}
+    engines, first = {}, training.workers
+    others = replace(first, zero_stage=min(first.zero_stage, 2))  # the VAE's loss goes back through it several times
     for place, (name, network) in enumerate(task.networks().items()):
         if isinstance(network, UNet | VAE):
             network.activation_checkpointing = training.workers.activation_checkpointing
@@ -151,7 +152,7 @@ def _engines(task: Task, training: Training, device: torch.device) -> dict[str, 
             optimizer=training.optimizer,
             schedule=training.schedule,
             batch=training.batch,
-            workers=training.workers,
+            workers=others if place else first,
             ema=training.ema if place == 0 else None,
             lr_scale=1.0 if place == 0 else getattr(training.task, "adversarial_lr_scale", 1.0),
         )
@@ -168,7 +169,7 @@ def _measured(validation: Validation | None, task: Task, averaged: Engine) -> di
 
 def _sample(tracker: Tracker | None, task: Task, averaged: Engine, images_seen: int, schedule: ScheduleConfig) -> None:
     """Worker 0 shows what the averaged weights make."""
-    with averaged.averaged() as network:
+    with averaged.averaged(everywhere=False) as network:
         if tracker:
             for name, picture in sample_pictures(task, network, schedule.sample_buckets):
                 tracker.image(images_seen, name, picture)

@@ -46,12 +46,12 @@ class Meter:
         if self._operations is not None:
             self._done += images * self._operations(bucket)
 
-    def add(self, loss: Loss) -> None:
-        """Take in one micro-batch's loss."""
+    def add(self, loss: Loss, weight: float) -> None:
+        """Take in a micro-batch's loss; of weight 0, which is run for nothing, it does not count."""
         for name, value in {f"loss_{loss.engine}": loss.per_sample, **loss.terms}.items():
-            self._means.add(name, value, torch.ones_like(value, dtype=torch.bool))
+            self._means.add(name, value, torch.full_like(value, bool(weight), dtype=torch.bool))
         for name, (value, members) in loss.shares.items():
-            self._means.add(name, value, members)
+            self._means.add(name, value, members & bool(weight))
 
     def read(
         self, engines: dict[str, Engine], batch: BatchConfig, images_seen: int, waited_seconds: float

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -54,6 +55,37 @@ class _Stream:
     def before(self, epoch: int) -> int:
         """Rows that it has given before an epoch."""
         return epoch * self.rows * self.weight // WHOLE
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one worker takes of a step at a time."""
+
+    start: int
+    """Its first row, among those of the step."""
+    stop: int
+    """One past its last."""
+    weight: float
+    """Its share of the step times passes and workers, over all of which a mean is taken: 1 where all take as many."""
+
+
+def cut_step(batch: BatchConfig, rank: int, world: int) -> list[Pass]:
+    """A worker's passes over one step, at most batch.micro_size rows each, the same number on every worker.
+
+    Shares of workers, and the passes of each, differ by a row at most. A worker that is a row short of its passes runs
+    its last row once more, for nothing: all run as often, because they sum gradients together.
+    """
+    most = -(-batch.global_size // world)
+    passes = -(-most // batch.micro_size)
+    edges = [batch.global_size * number // world for number in (rank, rank + 1)]
+    share = edges[1] - edges[0]
+    cuts = [edges[0] + share * number // passes for number in range(passes + 1)]
+    return [
+        Pass(start, stop, (stop - start) * passes * world / batch.global_size)
+        if start < stop
+        else Pass(edges[1] - 1, edges[1], 0.0)
+        for start, stop in pairwise(cuts)
+    ]
 
 
 class Plan:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.tensors import check_keys
 from pipelines.checkpoints import AVERAGE, MOMENTS, WEIGHTS, Run, Shards
+from pipelines.train.optimizers import moments, set_updates, take_up, updates
 from pipelines.train.partition import Piece, each, line, share, whole
 
 GATHERED_VALUES = 2**26  # that workers put together at a time, 256 MiB
@@ -47,28 +48,21 @@ class Sharded:
         self.average: list[Tensor] | None = None
         """Their average, where there is one."""
         self._pieces = self._find_pieces()
+        self._optimizer = engine.basic_optimizer
         for weights in self.weights:
-            self.moments(weights)
-
-    def moments(self, weights: Tensor) -> dict[str, Tensor]:
-        """The optimizer's state of one tensor; zeros before the first step, as AdamW itself begins."""
-        state = self._engine.basic_optimizer.state[weights]
-        if not state:
-            fused = bool(self._engine.basic_optimizer.defaults["fused"])
-            state["step"] = torch.zeros((), dtype=torch.float32, device=weights.device if fused else "cpu")
-            state |= {moment: torch.zeros_like(weights, requires_grad=False) for moment in MOMENTS}
-        return state
+            moments(self._optimizer, weights)
 
     def all(self) -> dict[str, Sequence[Tensor]]:
-        """All tensors that a checkpoint keeps, by what they are, each cut like the fp32 weights."""
+        """All that a checkpoint keeps, each cut like the fp32 weights; in place, but for moments of 8 bits."""
         found: dict[str, Sequence[Tensor]] = {WEIGHTS: self.weights}
-        found |= {moment: [self.moments(weights)[moment] for weights in self.weights] for moment in MOMENTS}
+        both = [moments(self._optimizer, weights) for weights in self.weights]
+        found |= {moment: [one[moment] for one in both] for moment in MOMENTS}
         return found | ({AVERAGE: self.average} if self.average is not None else {})
 
     @property
     def updates(self) -> int:
         """Updates that the optimizer has made."""
-        return int(self.moments(self.weights[0])["step"])
+        return updates(self._optimizer, self.weights[0])
 
     def set_weights(self, exact: Mapping[str, Tensor]) -> None:
         """Take the fp32 weights from whole ones on the CPU, by parameter."""
@@ -76,10 +70,14 @@ class Sharded:
             piece.of(self.weights).copy_(exact[piece.name].view(-1)[piece.start : piece.start + piece.length])
 
     def snapshot(self, buffers: dict[str, Tensor]) -> Part:
-        """A copy of what this worker writes into a checkpoint, in `buffers`, which it may have filled before."""
+        """A copy of what this worker writes into a checkpoint, in `buffers`, which it may have filled before.
+
+        Training goes on with what was written, to the bit, where moments of 8 bits are not what their values say.
+        """
         pieces = share(self._pieces, self._rank, self._world) if self._stage == 0 else self._pieces
         length, cuda = sum(piece.length for piece in pieces), self._engine.device.type == "cuda"
-        for role, tensors in self.all().items():
+        state = self.all()
+        for role, tensors in state.items():
             if role not in buffers:  # pinned memory is written by a GPU several times as fast
                 buffers[role] = torch.empty(length, dtype=torch.float32, pin_memory=cuda)
             place = 0
@@ -88,9 +86,10 @@ class Sharded:
                 place += piece.length
         if cuda:
             torch.cuda.synchronize()
+        self._take_up(state)
         return Part([Run(piece.name, piece.start, piece.length) for piece in pieces], self.parameters, buffers)
 
-    def load(self, shards: Shards, updates: int) -> None:
+    def load(self, shards: Shards, count: int) -> None:
         """Take up what any number of workers wrote under any stage. Raises ValueError where it is another network's."""
         check_keys(f"{shards.uri}: {shards.network}", shards.parameters, self.parameters)
         state = self.all()
@@ -101,8 +100,9 @@ class Sharded:
 
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(fill, *zip(*wanted, strict=True)))
+        self._take_up(state)
         for weights in self.weights:
-            self.moments(weights)["step"].fill_(updates)
+            set_updates(self._optimizer, weights, count)
         self._spread()
 
     def gathered(self, tensors: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -123,6 +123,10 @@ class Sharded:
                 torch.distributed.all_reduce(together.view(torch.int32))
             for name, values in zip(names, together.split(sizes), strict=True):
                 yield name, values.view(self.parameters[name])
+
+    def _take_up(self, state: Mapping[str, Sequence[Tensor]]) -> None:
+        for number, weights in enumerate(self.weights):
+            take_up(self._optimizer, weights, {moment: state[moment][number] for moment in MOMENTS})
 
     def _find_weights(self) -> list[Tensor]:
         if self._stage == 3:

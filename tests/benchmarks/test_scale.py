@@ -142,9 +142,9 @@ def make_driver(rows: int, folder: Path) -> None:
 
 
 def driver(rows: int, folder: Path) -> list[dict[str, Any]]:
+    from pipelines.lease import lease
     from pipelines.preprocess import pipeline
     from pipelines.preprocess.config import FilterConfig
-    from pipelines.preprocess.lease import lease
     from pipelines.storage import Storage
     from pipelines.train.batches import images_by_bucket
 

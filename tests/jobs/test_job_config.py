@@ -395,6 +395,9 @@ def test_preprocessing_is_refused_with(make, setting):
         "optimizer.final_lr_share=1.5",
         "optimizer.guard.action=shrug",
         "workers.count=two",
+        "workers.min_count=0",
+        "workers.min_count=3",
+        "workers.grow_seconds=0",
     ],
 )
 def test_training_is_refused_with(make, setting):
@@ -610,7 +613,7 @@ def test_stages_are_refused_where_they_cannot_work(make):
     message = wrong(make, TrainBaseJob, "workers.zero_stage=0", "workers.dtype=bfloat16")
     assert "workers.zero_stage: stage 0 adds up 2 passes in bfloat16" in message
     make(TrainBaseJob, "workers.zero_stage=0", "workers.dtype=bfloat16", "batch.micro_size=8")
-    assert "workers.zero_stage: stage 3 shards the VAE's last layer" in wrong(make, TrainVAEJob, "workers.zero_stage=3")
+    make(TrainVAEJob, "workers.zero_stage=3")
 
 
 OFFLOADED = "workers.offload_optimizer=true"

@@ -224,6 +224,16 @@ def test_a_file_of_another_layout_is_refused_or_ends_in_an_error(dataset, reader
         again.read(np.array([[0, 0]]), reader.files[0].bucket, 0)
 
 
+@pytest.mark.parametrize("world", [3, 6])
+def test_workers_that_do_not_divide_a_step_read_it_all_the_same(reader, world):
+    plan, found = Plan(reader.files, BatchConfig(global_size=8, micro_size=1)), []
+    for rank in range(world):
+        part = iter(Slices(reader, plan, rank, world, step=3))
+        found += [number for batch, weight in next(part) if weight for number in numbers(batch)]
+        part.close()
+    assert found == numbers(reader.read(plan.step(3).rows, plan.step(3).bucket, 0))
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_workers_read_the_whole_step_between_them_in_micro_batches(reader, world):
     plan = Plan(reader.files, BatchConfig(global_size=8, micro_size=2))
@@ -232,7 +242,8 @@ def test_workers_read_the_whole_step_between_them_in_micro_batches(reader, world
     for rank in range(world):
         part = iter(Slices(reader, plan, rank, world, step=3))
         for place in range(3):
-            micro = next(part)
+            micro, weights = zip(*next(part), strict=True)
+            assert set(weights) == {1.0}
             assert [len(batch.mean) for batch in micro] == [2] * (4 // world)
             begin = (3 + place) * 8 + rank * 8 // world
             assert [batch.first for batch in micro] == list(range(begin, begin + 8 // world, 2))

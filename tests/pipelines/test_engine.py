@@ -17,9 +17,10 @@ import torch
 import torch.multiprocessing
 from torch import nn
 
-from model.config import UNET_PRESETS
+from model.config import UNET_PRESETS, VAELossConfig
 from model.ema import EMA
 from pipelines.checkpoints import averaged_weights, newest_checkpoint
+from pipelines.config import WeightsConfig
 from pipelines.storage import Storage
 from pipelines.train.config import (
     BatchConfig,
@@ -29,11 +30,13 @@ from pipelines.train.config import (
     ScheduleConfig,
     WorkersConfig,
 )
+from pipelines.train.plan import cut_step
 
 STEPS, GLOBAL, WORKERS = 4, 8, 4
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, warmup_images=16, decay_images=16, clip_norm=0.5)
 SCHEDULE = ScheduleConfig(images=STEPS * GLOBAL, checkpoint_images=GLOBAL)
 HALFLIFE = 20
+UNEVEN = ((6, 1), (7, 2))  # rows of a step, and of a pass: four workers, some of which have a row less
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,15 @@ class Case:
     dtype: str = "float32"
     offload: bool = False
     passes: int = 2
+    fused: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.stage}{'o' if self.offload else ''}-{self.dtype}"
+        return f"{self.stage}{'o' if self.offload else ''}{'f' if self.fused else ''}-{self.dtype}"
 
 
 PAIRS = (
-    (Case(0), Case(1), Case(2), Case(1, "bfloat16"), Case(2, "bfloat16")),
+    (Case(0), Case(1), Case(2), Case(1, fused=True), Case(1, "bfloat16"), Case(2, "bfloat16")),
     (Case(3), Case(2, offload=True), Case(3, offload=True), Case(3, "bfloat16"), Case(0, "bfloat16", passes=1)),
 )
 CASES = {case.name: case for pair in PAIRS for case in pair}
@@ -108,24 +112,23 @@ def worker(rank: int, ports: tuple[int, ...], folder: str) -> None:
     """Two pairs of workers with half the cases each, then all four together."""
     from pipelines.train import engine
 
-    plain = engine.deepspeed_config
-
-    def sharding_all(*settings: Any) -> dict[str, Any]:  # parameters as small as these stay whole otherwise
-        config = plain(*settings)
-        return config | {"zero_optimization": config["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
-
-    engine.deepspeed_config = sharding_all
+    engine.WHOLE_VALUES = 0  # parameters as small as these stay whole otherwise
     pair, place = divmod(rank, 2)
     join(place, 2, ports[pair])
     for case in PAIRS[pair]:
         torch.save(trained_by_a_pair(case, Path(folder)), Path(folder, f"{case.name}.{place}.pt"))
-    others = {"unet": unet_losses((1, 3)[pair]), "norms": norms_of_unequal_passes((1, 2, 3)[pair * 2 : pair * 2 + 2])}
+    others = {
+        "unet": unet_losses((1, 3)[pair]),
+        "vae": vae_losses((1, 3)[pair]),
+        "norms": norms_of_unequal_passes((1, 2, 3)[pair * 2 : pair * 2 + 2]),
+    }
     torch.save(others, Path(folder, f"others{pair}.{place}.pt"))
     torch.distributed.destroy_process_group()
     leave()
     join(rank, WORKERS, ports[2])
     moved = {f"{name} to {stage}": moved_to_four(name, stage, Path(folder)) for name, stage in MOVES}
     torch.save(moved, Path(folder, f"moved.{rank}.pt"))
+    torch.save(uneven_norms(rank), Path(folder, f"uneven.{rank}.pt"))
     torch.distributed.destroy_process_group()
 
 
@@ -175,6 +178,8 @@ def trained_by_a_pair(case: Case, folder: Path) -> dict[str, Any]:
         found["inside"] = [p.detach().clone() for p in averaged.parameters()]
         x = batches()[0][0].to(found["inside"][0].dtype)
         found["called"] = torch.equal(engine(x), averaged(x))
+    with engine.averaged(everywhere=False) as averaged:
+        found["alone"] = [p.detach().clone() for p in averaged.parameters() if not p.is_meta]
     found |= {"untouched": same(before, state_of(engine)), "end": state_of(engine), "norm": engine.gradient_norm()}
     resumed = new_engine(case, 2)
     found["steps"] = Checkpointer(run, 1, mine).restore({"net": resumed})
@@ -196,15 +201,21 @@ def moved_to_four(name: str, stage: str, folder: Path) -> dict[str, Any]:
     return found | {"end": state_of(engine)}
 
 
-def new_engine(case: Case, world: int, guard: GuardConfig | None = None, net: nn.Module | None = None) -> Any:
+def new_engine(
+    case: Case,
+    world: int,
+    guard: GuardConfig | None = None,
+    net: nn.Module | None = None,
+    batch: BatchConfig | None = None,
+) -> Any:
     from pipelines.train.engine import Engine
 
     return Engine(
         "net",
         (net or network()).train(),
-        optimizer=replace(OPTIMIZER, guard=guard or GuardConfig()),
+        optimizer=replace(OPTIMIZER, guard=guard or GuardConfig(), implementation="fused" if case.fused else "auto"),
         schedule=SCHEDULE,
-        batch=BatchConfig(global_size=GLOBAL, micro_size=GLOBAL // world // case.passes),
+        batch=batch or BatchConfig(global_size=GLOBAL, micro_size=GLOBAL // world // case.passes),
         workers=WorkersConfig(count=world, zero_stage=case.stage, dtype=case.dtype, offload_optimizer=case.offload),  # type: ignore[arg-type]
         ema=EMAConfig(halflife_images=HALFLIFE),
     )
@@ -276,6 +287,22 @@ def norms_of_unequal_passes(stages: tuple[int, ...]) -> dict[int, float]:
     return norms
 
 
+def uneven_norms(rank: int) -> dict[str, list[float]]:
+    """Norm of the gradient, and of the weights after the step, where four workers share six rows, or seven."""
+    found, (x, y) = {}, batches()[0]
+    for stage in range(4):
+        for rows, micro in UNEVEN:
+            batch = BatchConfig(global_size=rows, micro_size=micro)
+            engine = new_engine(Case(stage), WORKERS, batch=batch)
+            for part in cut_step(batch, rank, WORKERS):
+                own = slice(part.start, part.stop)
+                engine.backward((engine(x[own]) - y[own]).square().mean() * part.weight)
+                engine.step(GLOBAL)
+            weights = torch.cat([value.flatten() for _, value in engine.sharded.gathered(engine.sharded.weights)])
+            found[f"{stage}-{rows}"] = [engine.gradient_norm(), float(weights.norm())]
+    return found
+
+
 def unet_losses(stage: int) -> list[float]:
     """Losses of three steps of the tiny base, with activation checkpointing."""
     from model.unet import UNet
@@ -299,6 +326,42 @@ def unet_losses(stage: int) -> list[float]:
         losses.append(float(loss.detach()))
     with engine.averaged() as averaged, torch.no_grad():
         losses.append(float(averaged(x, torch.tensor([10, 900]), context, vector).square().mean()))
+    return losses
+
+
+def vae_losses(stage: int) -> list[float]:
+    """Losses of three steps of the tiny VAE against its discriminator, and of their average."""
+    from model.config import DISCRIMINATOR_PRESETS, VAE_PRESETS
+    from model.vae import VAE
+    from model.vae_loss import PatchDiscriminator
+    from pipelines.train import engine
+    from pipelines.train.batches import ImageBatch
+    from pipelines.train.config import VAETaskConfig
+    from pipelines.train.tasks import VAETask
+
+    engine.WHOLE_VALUES = 500  # the last layer's, and few others
+    torch.manual_seed(0)
+    task: Any = object.__new__(VAETask)  # without a dataset
+    task._vae, task._discriminator = VAE(VAE_PRESETS["tiny"]), PatchDiscriminator(DISCRIMINATOR_PRESETS["tiny"])
+    loss_config = VAELossConfig(adversarial_start_images=0)
+    task._config = VAETaskConfig(vae=WeightsConfig(preset="tiny"), discriminator="tiny", index="", loss=loss_config)
+    task._batch, task._device, task._lpips = BatchConfig(global_size=GLOBAL, micro_size=2), torch.device("cpu"), None
+    stages = {"vae": stage, "discriminator": min(stage, 2)}
+    engines = {name: new_engine(Case(stages[name]), 2, net=net) for name, net in task.networks().items()}
+    rank, losses = torch.distributed.get_rank(), []
+    image = torch.rand(GLOBAL, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    for step in range(3):
+        for part in range(2):
+            first = rank * 4 + part * 2
+            batch = ImageBatch(first=step * GLOBAL + first, bucket=(32, 32), image=image[first : first + 2])
+            for loss in task.losses(engines, batch):
+                engines[loss.engine].backward(loss.per_sample.mean())
+                engines[loss.engine].step((step + 1) * GLOBAL)
+                losses += [float(loss.per_sample.detach().mean())]
+                losses += [float(loss.terms["adaptive_weight"])] if loss.engine == "vae" else []
+    with engines["vae"].averaged() as averaged, torch.no_grad():
+        losses.append(float(averaged.encode(image).mean.square().mean()))
+    engine.WHOLE_VALUES = 0
     return losses
 
 
@@ -342,6 +405,13 @@ def test_the_unet_learns_alike_with_its_weights_sharded_and_whole(trained: dict)
         assert len(set(whole)) == 4  # it does learn
 
 
+def test_the_vae_learns_alike_with_its_weights_sharded_and_whole(trained: dict) -> None:
+    for rank in range(2):
+        whole, sharded = (trained[f"others{pair}.{rank}"]["vae"] for pair in range(2))
+        assert sharded == pytest.approx(whole, rel=1e-3)
+        assert len(set(whole)) == len(whole) == 3 * 2 * 3 + 1  # losses of both networks, and the weight between them
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_passes_are_summed_in_fp32(trained: dict, stage: int) -> None:
     norms = trained["others0.0"]["norms"] | trained["others1.0"]["norms"]
@@ -365,6 +435,8 @@ def test_averaged_weights_are_in_place_inside_and_training_is_untouched(trained:
             assert torch.equal(inside, average.to(inside.dtype))
         assert found["untouched"]
         assert found["called"]
+        assert len(found["alone"]) == (0 if rank else len(found["inside"]))
+        assert all(map(torch.equal, found["alone"], found["inside"]))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -386,6 +458,21 @@ def test_four_workers_take_up_under_another_stage_what_two_have_left(trained: di
         assert found["losses"] == pytest.approx(losses[2:], rel=1e-5)
         for key, value in left["end"].items():
             torch.testing.assert_close(found["end"][key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "micro"), UNEVEN)
+def test_workers_that_do_not_divide_a_batch_take_the_step_of_one_process(trained: dict, rows: int, micro: int) -> None:
+    model, (x, y) = network(), batches()[0]
+    adamw = torch.optim.AdamW(model.parameters(), lr=OPTIMIZER.lr / 2, weight_decay=OPTIMIZER.weight_decay)
+    (model(x[:rows]) - y[:rows]).square().mean().backward()
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm))
+    adamw.step()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for rank in range(WORKERS):
+        for stage in range(4):
+            assert trained[f"uneven.{rank}"][f"{stage}-{rows}"] == pytest.approx(
+                [norm, float(weights.norm())], rel=1e-5
+            )
 
 
 @pytest.mark.parametrize("case", CASES)

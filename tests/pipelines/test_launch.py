@@ -33,7 +33,7 @@ def test_a_setting_that_a_newer_version_has_added_is_at_its_default():
     check({"vae": "a"}, {"vae": "a", "lpips": None})
 
 
-@pytest.mark.parametrize("name", ["count", "zero_stage", "offload_optimizer", "cpus"])
+@pytest.mark.parametrize("name", ["count", "min_count", "zero_stage", "offload_optimizer", "cpus"])
 def test_the_workers_and_their_stage_may_change(name):
     before = {"workers": {name: 1, "dtype": "float32"}, "optimizer": {"guard": {"action": "stop"}, "lr": 1.0}}
     now = {"workers": {name: 2, "dtype": "float32"}, "optimizer": {"guard": {"action": "skip"}, "lr": 1.0}}

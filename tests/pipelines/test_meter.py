@@ -15,7 +15,7 @@ BATCH = BatchConfig(global_size=4, micro_size=2)
 def read(*losses: Loss) -> dict[str, float]:
     meter = Meter()
     for loss in losses:
-        meter.add(loss)
+        meter.add(loss, weight=1.0)
     return meter.read({}, BATCH, 4, 0.0)
 
 
@@ -34,6 +34,13 @@ def test_each_quarter_of_the_timesteps_is_the_mean_of_its_own_samples():
             "squared_error_timesteps_750_to_999": 4.0,
         }
     )  # the quarters without a sample have no point
+
+
+def test_a_pass_that_is_run_for_nothing_does_not_count():
+    meter, one = Meter(), loss([1.0, 2.0], [0, 999], (0, 1000))
+    meter.add(one, weight=0.5)
+    meter.add(loss([9.0], [0], (0, 1000)), weight=0.0)
+    assert meter.read({}, BATCH, 4, 0.0) == read(one)
 
 
 def test_the_refiners_quarters_divide_its_own_timesteps():

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.schema import DataFile, digest
 from pipelines.train.config import BatchConfig
-from pipelines.train.plan import Plan
+from pipelines.train.plan import Plan, cut_step
 
 SQUARE, WIDE, TALL = (32, 32), (16, 64), (64, 16)
 
@@ -184,6 +184,24 @@ def test_workers_take_slices_that_together_are_the_step():
             share = 8 // world
             slices = [made.step(number).rows[rank * share : (rank + 1) * share] for rank in range(world)]
             assert np.array_equal(np.concatenate(slices), whole)
+
+
+@pytest.mark.parametrize(
+    ("rows", "micro", "world"), [(8, 4, 2), (8, 2, 3), (7, 2, 4), (6, 1, 4), (5, 8, 5), (2048, 10, 7)]
+)
+def test_every_number_of_workers_cuts_a_step_into_as_many_passes_that_weigh_what_they_hold(rows, micro, world):
+    cuts = [cut_step(BatchConfig(global_size=rows, micro_size=micro), rank, world) for rank in range(world)]
+    (passes,) = {len(cut) for cut in cuts}
+    assert [row for cut in cuts for part in cut if part.weight for row in range(part.start, part.stop)] == [
+        *range(rows)
+    ]
+    values = np.random.default_rng(0).normal(size=rows)
+    parts = [part for cut in cuts for part in cut]
+    assert all(1 <= part.stop - part.start <= micro for part in parts)
+    means = [values[part.start : part.stop].mean() * part.weight for part in parts]
+    assert sum(means) / passes / world == pytest.approx(values.mean())
+    if rows % (micro * world) == 0:
+        assert {(part.stop - part.start, part.weight) for part in parts} == {(micro, 1.0)}
 
 
 def test_the_number_of_workers_and_their_passes_do_not_enter():

@@ -273,7 +273,7 @@ def worker(rows: int, folder: Path) -> list[dict[str, Any]]:
 
     def read() -> int:
         slices = Slices(reader, plan, rank=0, world=1, step=0)
-        return sum(sum(batch.count for batch in part) for part in islice(slices, STEPS))
+        return sum(sum(batch.count for batch, _ in part) for part in islice(slices, STEPS))
 
     step(f"read {STEPS} batches of {GLOBAL_SIZE}", read, lambda count: f"{count:,} rows")
     return step.found

@@ -123,7 +123,7 @@ class Ours:
         for loss in self.task.losses({"unet": self.engine}, batch):
             self.engine.backward(loss.per_sample.mean())
             self.engine.step(self.seen)
-            self.meter.add(loss)
+            self.meter.add(loss, weight=1.0)
         assert self.engine.refusal() is None
 
 

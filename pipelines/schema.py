@@ -73,6 +73,7 @@ class Reject(StrEnum):
 
     UNREADABLE = "unreadable"
     TOO_LARGE = "too_large"
+    KILLS_DECODER = "kills_decoder"
     NO_CAPTION = "no_caption"
     LONG_CAPTION = "long_caption"
     TOO_SMALL = "too_small"

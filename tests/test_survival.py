@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from jobs import generate, preprocess, train_base, train_vae
 from jobs.config import GenerateJob, PreprocessJob, TrainBaseJob, TrainVAEJob
-from pipelines.schema import Column, data_files, require_manifest
+from pipelines.schema import Column, Reject, data_files, require_manifest
 from pipelines.storage import TEMPORARY, Storage
+from tests import deadly
 from tests.conftest import SCHEDULE, Demo, Finished, killing
 
 
@@ -47,6 +48,23 @@ def test_index_after_its_worker_is_killed(finished: Finished, tmp_path: Path) ->
         preprocess.run_stage(demo.load(PreprocessJob, "preprocess", "index_rows_per_file=1"), "index")
     assert killed
     assert content(tmp_path / "index", "index") == content(finished.root / "index", "index")
+
+
+def test_an_index_with_images_that_kill_their_decoder_has_all_the_others(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = copy_of(finished, tmp_path, "images")
+    for number in range(2):
+        buffer = io.BytesIO()
+        Image.linear_gradient("L").resize((64, 64 + number)).save(buffer, "PNG")
+        (tmp_path / "images" / f"deadly_{number}.png").write_bytes(buffer.getvalue() + deadly.SEGFAULT)
+    monkeypatch.setattr("pipelines.preprocess.pipeline.measure", deadly.measure)
+    preprocess.run_stage(demo.load(PreprocessJob, "preprocess", "index_rows_per_file=1000"), "index")
+    found = content(tmp_path / "index", "index")
+    killers = [found.pop(f"deadly_{number}.png") for number in range(2)]
+    assert [row[Column.REJECT_REASON] for row in killers] == [Reject.KILLS_DECODER] * 2
+    assert "SIGSEGV" in killers[0][Column.REJECT_DETAIL]
+    assert found == content(finished.root / "index", "index")
 
 
 def test_latents_after_the_encoder_is_killed(finished: Finished, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, read_
 from pipelines.originals import Originals
 from pipelines.preprocess.config import EncodeConfig
 from pipelines.preprocess.measure import map_rows, without_place
+from pipelines.preprocess.quarantine import decoding
 from pipelines.preprocess.write import FAILURE, UNIT, timed
 from pipelines.schema import PAIR, Column, latents_schema, tensor_column
 from pipelines.storage import StorageOptions
@@ -29,8 +30,17 @@ PIXELS = "pixels"  # uint8 [height, width, 3] of the bucket, as fixed-size bytes
 
 
 @timed("crop")
-def crop_images(rows: pa.Table, originals: Originals, crop: CropConfig, max_pixels: int) -> pa.Table:
-    """Index rows of one bucket, with pixels, crop_top_left, target_size and flip, or the failure."""
+def crop_images(
+    rows: pa.Table,
+    originals: Originals,
+    crop: CropConfig,
+    max_pixels: int,
+    attempt: Callable[[], int] | None = None,
+) -> pa.Table:
+    """Index rows of one bucket, with pixels, crop_top_left, target_size and flip, or the failure.
+
+    `attempt` says how often this task's process has died before (preprocess/quarantine.py).
+    """
     height, width = rows.column(Column.BUCKET)[0].as_py()
     schema = rows.schema
     for field in (
@@ -50,7 +60,7 @@ def crop_images(rows: pa.Table, originals: Originals, crop: CropConfig, max_pixe
         if content_id(data) != values[Column.ID]:
             return values | {FAILURE: "the file has changed since it was indexed"}
         try:
-            pixels, top_left, flip = read_crop(data, (height, width), crop, values[Column.ID], max_pixels)
+            pixels, top_left, flip = call(read_crop, data, (height, width), crop, values[Column.ID], max_pixels)
         except DECODE_ERRORS as error:
             return values | {FAILURE: f"{type(error).__name__}: {error}"}
         return values | {
@@ -60,7 +70,8 @@ def crop_images(rows: pa.Table, originals: Originals, crop: CropConfig, max_pixe
             Column.FLIP: flip,
         }
 
-    return map_rows(row, rows, schema)
+    with decoding(attempt and attempt(), max_pixels) as call:
+        return map_rows(row, rows, schema)
 
 
 class Encoder:

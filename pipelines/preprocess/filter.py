@@ -1,7 +1,7 @@
 """Decide what is kept: a pure function of the measured facts of all rows and the filter settings.
 
-Nothing here reads an image. What could not be measured (unreadable, or claimed too many pixels) is a fact and stands;
-every other verdict is decided again at each commit, so a changed threshold costs no pixels.
+Nothing here reads an image. What could not be measured (unreadable, claimed too many pixels, killed its decoder) is a
+fact and stands; every other verdict is decided again at each commit, so a changed threshold costs no pixels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pipelines.preprocess.config import FilterConfig, ScoreLimits
 from pipelines.preprocess.near import HASH_BITS, leaders
 from pipelines.schema import INDEX_SCHEMA, ROWS_AT_A_TIME, Column, Reject
 
-MEASURED = (Reject.UNREADABLE, Reject.TOO_LARGE)  # reasons that measuring gives; the rest are decided here
+# reasons that measuring gives; the rest are decided here
+MEASURED = (Reject.UNREADABLE, Reject.TOO_LARGE, Reject.KILLS_DECODER)
 NEVER = np.iinfo(np.int64).max
 Finding = tuple[pa.ChunkedArray, pa.ChunkedArray]  # which rows are rejected (null: not), and in detail why
 Verdict = tuple[Reject, pa.ChunkedArray, pa.ChunkedArray]  # the reason, and its finding

@@ -16,6 +16,7 @@ from pipelines.images import DECODE_ERRORS, UNREADABLE_ERRORS, content_id, decod
 from pipelines.originals import Originals
 from pipelines.preprocess.config import MOST_DISTINCT, FilterConfig
 from pipelines.preprocess.near import HASH_SIDE, perceptual_hash
+from pipelines.preprocess.quarantine import DecoderKilledError, decoding
 from pipelines.preprocess.sources.captions import lines_of
 from pipelines.preprocess.sources.inputs import CAPTION_FILE, CAPTION_PER_LINE, PROBLEM
 from pipelines.preprocess.write import timed
@@ -27,8 +28,13 @@ READ_THREADS = 8  # reads in flight per task; decoding releases the interpreter 
 
 
 @timed("measure")
-def measure(inputs: pa.Table, originals: Originals, filters: FilterConfig) -> pa.Table:
-    """Inputs -> index rows with id, original size, looks and, for an image that cannot be read, the reason."""
+def measure(
+    inputs: pa.Table, originals: Originals, filters: FilterConfig, attempt: Callable[[], int] | None = None
+) -> pa.Table:
+    """Inputs -> index rows with id, original size, looks and, for an image that cannot be read, the reason.
+
+    `attempt` says how often this task's process has died before (preprocess/quarantine.py).
+    """
 
     def row(values: dict[str, Any]) -> dict[str, Any]:
         index = {name: values.get(name) for name in INDEX_SCHEMA.names}
@@ -47,24 +53,37 @@ def measure(inputs: pa.Table, originals: Originals, filters: FilterConfig) -> pa
             return index | {Column.REJECT_REASON: Reject.UNREADABLE, Column.REJECT_DETAIL: detail[:500]}
         index[Column.ID], index[Column.FILE_SIZE] = content_id(data), len(data)
         try:
-            height, width = index[Column.ORIGINAL_SIZE] = header_size(data)
-            if height * width > filters.max_pixels:
-                detail = f"the header claims {height} x {width} pixels"
-                return index | {Column.REJECT_REASON: Reject.TOO_LARGE, Column.REJECT_DETAIL: detail}
-            image, scale = decode_reduced(data, filters.max_pixels, LOOKED_AT)
-            # again, because a PNG's orientation may lie behind its pixels
-            index[Column.ORIGINAL_SIZE] = image.height * scale, image.width * scale
-            seen = looks(image)
-            if scale > 1 and seen[Column.DISTINCT_PIXELS] < MOST_DISTINCT:
-                seen = looks(decode(data, filters.max_pixels))  # an average may hide what is small
-        except DECODE_ERRORS as error:
-            detail = f"{type(error).__name__}: {error}"[:500]
-            return index | {Column.REJECT_REASON: Reject.UNREADABLE, Column.REJECT_DETAIL: detail}
-        return index | seen
+            return index | call(facts, data, filters.max_pixels)
+        except DecoderKilledError as error:
+            return index | {Column.REJECT_REASON: Reject.KILLS_DECODER, Column.REJECT_DETAIL: str(error)}
 
-    measured = map_rows(row, inputs, INDEX_SCHEMA)
+    with decoding(attempt and attempt(), filters.max_pixels) as call:
+        measured = map_rows(row, inputs, INDEX_SCHEMA)
     spent = (CAPTION_FILE, CAPTION_PER_LINE, PROBLEM)
     return measured.drop_columns([name for name in spent if name in measured.column_names])
+
+
+def facts(data: bytes, max_pixels: int) -> dict[str, Any]:
+    """What the bytes of an image alone say: original size and looks, or why they cannot be had."""
+    known: dict[str, Any] = {}
+    try:
+        height, width = known[Column.ORIGINAL_SIZE] = header_size(data)
+        if height * width > max_pixels:
+            detail = f"the header claims {height} x {width} pixels"
+            return known | {Column.REJECT_REASON: Reject.TOO_LARGE, Column.REJECT_DETAIL: detail}
+        image, scale = decode_reduced(data, max_pixels, LOOKED_AT)
+        # again, because a PNG's orientation may lie behind its pixels
+        known[Column.ORIGINAL_SIZE] = image.height * scale, image.width * scale
+        seen = looks(image)
+        if scale > 1 and seen[Column.DISTINCT_PIXELS] < MOST_DISTINCT:
+            seen = looks(decode(data, max_pixels))  # an average may hide what is small
+    except MemoryError:
+        detail = "it takes more memory than its process may have"
+        return known | {Column.REJECT_REASON: Reject.KILLS_DECODER, Column.REJECT_DETAIL: detail}
+    except DECODE_ERRORS as error:
+        detail = f"{type(error).__name__}: {error}"[:500]
+        return known | {Column.REJECT_REASON: Reject.UNREADABLE, Column.REJECT_DETAIL: detail}
+    return known | seen
 
 
 def without_place(error: BaseException, originals: Originals, source: str) -> str:

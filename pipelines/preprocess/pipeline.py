@@ -63,7 +63,7 @@ from pipelines.schema import (
     require_manifest,
     write_manifest,
 )
-from pipelines.stages import actors, dataset_of, tasks
+from pipelines.stages import actors, attempt, dataset_of, tasks
 from pipelines.storage import Storage
 
 JUDGED = [  # what verdicts follow from
@@ -142,7 +142,7 @@ def build_index(
         originals = Originals(sources, dataset.options)
         stages = (
             dataset_of(units)
-            .map_batches(partial(measure, originals=originals, filters=filters), **tasks(resources))
+            .map_batches(partial(measure, originals=originals, filters=filters, attempt=attempt), **tasks(resources))
             .map_batches(partial(assign_buckets, table=table), **tasks(resources))
             .map_batches(
                 partial(write_units, dataset=dataset, folder=folder, compression=INDEX_COMPRESSION), **tasks(resources)
@@ -200,7 +200,8 @@ def build_latents(
         stages = (
             dataset_of(units)
             .map_batches(
-                partial(crop_images, originals=originals, crop=crop, max_pixels=max_pixels), **tasks(resources)
+                partial(crop_images, originals=originals, crop=crop, max_pixels=max_pixels, attempt=attempt),
+                **tasks(resources),
             )
             .map_batches(Encoder, fn_constructor_args=(vae, text, encode, dataset.options), **actors(encode.resources))
             .map_batches(

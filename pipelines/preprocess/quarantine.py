@@ -1,0 +1,155 @@
+"""An image that kills its decoder's process costs its block a second try, and no more.
+
+Decoders are native code: a damaged file can end the process, take all memory, or never come back. At the first try of
+a block its images are decoded in threads of the task, under a watch that ends a task whose decoders hang. Ray starts
+the block again, and this time each image is decoded in a child process, one at a time: the image that ends its child
+is known, and its neighbours lose nothing. docs/decisions/0033 has the reasons.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import multiprocessing
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+HANG_SECONDS = 120.0  # the largest image that filters.max_pixels allows by default takes a tenth of it
+DEATHS = 2  # of children, at one image: the first may have been killed for reasons of the machine
+START_SECONDS = 120.0
+STDERR = 2  # the process's own, whatever sys.stderr is
+SPARE_BYTES = 2 * 2**30  # memory of a child besides pixels
+BYTES_PER_PIXEL = 24  # 16-bit RGBA, and copies of it on the way to RGB
+
+Decode = Callable[..., Any]  # (function, *arguments) -> what function(*arguments) gives or raises
+
+
+class DecoderKilledError(RuntimeError):
+    """An image ended each process that decoded it, or kept it until its time was over."""
+
+
+@contextmanager
+def decoding(attempt: int | None, max_pixels: int) -> Iterator[Decode]:
+    """How the threads of a task call decoders, at its first (0), its second (1) or a further `attempt`.
+
+    None stands for no task that would be started again: nothing is watched. From the second attempt on, functions and
+    arguments have to be picklable, and raise DecoderKilledError for what kills.
+    """
+    if not attempt:
+        yield _call if attempt is None else _Watch().call
+        return
+    logging.getLogger(__name__).warning(
+        "the process of a block of images has died %d times: each image is decoded in a process of its own", attempt
+    )
+    child = _Child(SPARE_BYTES + BYTES_PER_PIXEL * max_pixels)
+    try:
+        yield child.call
+    finally:
+        child.end()
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+class _Watch:
+    """Ends this process, with the stacks of its threads, where decoders are at work and none ends for HANG_SECONDS.
+
+    In C, because a decoder that hangs may hold the interpreter's lock.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._at_work = threading.Lock(), 0
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        self._count(1)
+        try:
+            return function(*arguments)
+        finally:
+            self._count(-1)
+
+    def _count(self, more: int) -> None:
+        with self._lock:
+            self._at_work += more
+            if self._at_work:
+                faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=STDERR)
+            else:
+                faulthandler.cancel_dump_traceback_later()
+
+
+class _Child:
+    """A process that decodes what it is sent, and a new one after each that dies."""
+
+    def __init__(self, memory: int) -> None:
+        self._memory, self._lock = memory, threading.Lock()
+        self._process: BaseProcess | None = None
+        self._pipe: Connection | None = None
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        with self._lock:
+            for _ in range(DEATHS):
+                pipe = self._pipe or self._start(function)
+                try:
+                    pipe.send((function, arguments))
+                    if not pipe.poll(HANG_SECONDS):
+                        self.end()
+                        end = f"not done after {HANG_SECONDS:g} s"
+                        continue
+                    result, error = pipe.recv()
+                except (EOFError, ConnectionError):
+                    end = self.end()
+                    continue
+                if error is not None:
+                    raise error
+                return result
+        raise DecoderKilledError(f"{end}, in each of {DEATHS} processes of its own")
+
+    def _start(self, function: Callable[..., Any]) -> Connection:
+        context = multiprocessing.get_context("spawn")  # a fork would take locks of other threads along
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self._memory, function), daemon=True)
+        self._process.start()
+        theirs.close()
+        if not self._pipe.poll(START_SECONDS) or self._pipe.recv() != "ready":
+            raise OSError(f"a process that decodes images did not start within {START_SECONDS:g} s")
+        return self._pipe
+
+    def end(self) -> str:
+        """End the child; gives how it ended, if it has by itself."""
+        if self._process is None or self._pipe is None:
+            return ""
+        self._pipe.close()
+        self._process.join(1.0)
+        code = self._process.exitcode
+        if code is None:
+            self._process.kill()
+            self._process.join()
+        self._process = self._pipe = None
+        return f"ended by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
+
+
+def _serve(pipe: Connection, memory: int, function: Callable[..., Any]) -> None:
+    """The child: decode until the pipe is closed. An allocation beyond `memory` bytes raises MemoryError.
+
+    It is given a `function` so that its module is imported before any image's time is taken.
+    """
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # control-C is for the parent
+    pipe.send("ready")
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result, error = function(*arguments), None
+        except Exception as raised:
+            result, error = None, raised
+        pipe.send((result, error))

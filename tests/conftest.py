@@ -96,23 +96,35 @@ def cluster() -> Iterator[Cluster]:
     """One cluster, and this process connected to it."""
     import ray
 
-    port, dashboard = free_port(), free_port()
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets need a short path
+    for last in (False, False, True):
+        port, dashboard = free_port(), free_port()
+        address = os.environ["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+        folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's sockets need a short path
+        head = _start_head(port, dashboard, folder)
+        try:
+            if _is_up(head, port, address, folder):
+                yield Cluster(address, f"http://127.0.0.1:{dashboard}", dict(os.environ))
+                ray.shutdown()
+                return
+            assert not last, (folder / "head.log").read_text()[-3000:]
+        finally:
+            _end(head)
+
+
+def _start_head(port: int, dashboard: int, folder: Path) -> subprocess.Popen[bytes]:
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--num-cpus={LOGICAL_CPUS}"]
     command += [f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
-    command += ["--object-store-memory=1000000000", "--disable-usage-stats"]
-    with open(Path(folder, "head.log"), "wb") as log:
-        head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
-    address = f"127.0.0.1:{port}"
-    os.environ["RAY_ADDRESS"] = address
-    try:
-        _wait_for(lambda: head.poll() is not None or _listens(port), 120, f"no GCS: see {folder}/head.log")
-        assert head.poll() is None, Path(folder, "head.log").read_text()[-3000:]
-        _wait_for(lambda: _connects(ray, address), 120, f"ray start did not come up: see {folder}/head.log")
-        yield Cluster(address, f"http://127.0.0.1:{dashboard}", dict(os.environ))
-        ray.shutdown()
-    finally:
-        _end(head)
+    command += ["--object-store-memory=1000000000", "--disable-usage-stats", "--ray-client-server-port=0"]
+    with open(folder / "head.log", "wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+
+
+def _is_up(head: subprocess.Popen[bytes], port: int, address: str, folder: Path) -> bool:
+    """Whether this process is connected to the cluster. Ray gives a node 30 s to start: too few on a busy machine."""
+    ended = lambda: head.poll() is not None  # noqa: E731
+    _wait_for(lambda: ended() or _listens(port), 120, f"no GCS: see {folder}/head.log")
+    _wait_for(lambda: ended() or _connects(address), 120, f"ray start did not come up: see {folder}/head.log")
+    return not ended()
 
 
 def _listens(port: int) -> bool:
@@ -120,7 +132,9 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _connects(ray: Any, address: str) -> bool:
+def _connects(address: str) -> bool:
+    import ray
+
     try:
         ray.init(address=address, log_to_driver=True, logging_level="warning")
     except (ConnectionError, RuntimeError, ValueError):

@@ -37,13 +37,14 @@ REMEDIES = (
     ),
     Remedy(
         cause="S3 server out of reach",
-        pattern=r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE)",
+        pattern=r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_|UNKNOWN \(HTTP status 5)"
+        r"|answers from byte \d+ on were shorter",
         advice="Check storage.s3_endpoint and the network of every node, then run the same command again: what is "
         "finished stays. storage.s3_attempts and storage.s3_timeout_seconds say how long a job is patient.",
     ),
     Remedy(
         cause="disk full",
-        pattern=r"No space left on device|OutOfDiskError|file_system_monitor",
+        pattern=r"No space left on device|Disk quota exceeded|OutOfDiskError|file_system_monitor",
         advice="Make room, or give another output, and run the same command again: what is finished stays, and "
         "nothing half-written counts.",
     ),

@@ -26,7 +26,7 @@ class LatentFile:
     def __init__(self, dataset: Storage, name: str) -> None:
         """Raises ValueError where the file has another layout than `write_rows` gives it."""
         self.reader = dataset.open(name)
-        parquet = pq.ParquetFile(self.reader.file)
+        parquet = self.reader.parquet()
         columns = [*PAIRS, Column.AESTHETIC_SCORE, Column.CAPTION_WEIGHTS]
         table = parquet.read(columns=columns, use_threads=False)  # a few short ones
         score = table.column(Column.AESTHETIC_SCORE).to_numpy()  # NaN where the source has none

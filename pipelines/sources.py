@@ -14,7 +14,7 @@ from model.publish import SCHEDULER as SCHEDULER_FILE
 from model.tensors import PICKLES, SAFETENSORS, read_metadata, weight_files
 from model.weights import CONFIG, PIPELINE
 from pipelines.checkpoints import newest_checkpoint
-from pipelines.storage import Storage, StorageOptions
+from pipelines.storage import Storage, StorageOptions, naming_full_disk
 
 WEIGHTS_FILE = "weights.safetensors"  # what a training run's output folder offers
 COPY_BYTES = 64 * 2**20  # per read of a file that is copied
@@ -119,7 +119,11 @@ def scheduler_json(source: Source) -> dict[str, Any] | None:
 
 def _download(storage: Storage, name: str, directory: str) -> str:
     copy = os.path.join(directory, name)
-    with open(copy, "wb") as file, storage.filesystem.open_input_stream(storage.path(name)) as stream:
-        while chunk := stream.read(COPY_BYTES):
-            file.write(chunk)
+    reader = storage.open(name)
+    chunk, size = memoryview(bytearray(COPY_BYTES)), reader.size()
+    with naming_full_disk(copy), open(copy, "wb") as file:
+        for offset in range(0, size, COPY_BYTES):
+            part = chunk[: size - offset]
+            reader.read_into(part, offset)
+            file.write(part)
     return copy

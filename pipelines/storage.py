@@ -6,9 +6,14 @@ upload completes. A name that exists is whole.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import random
+import re
+import shutil
+import time
 import uuid
 from array import array
 from collections.abc import Iterator, Sequence
@@ -26,6 +31,9 @@ from pyarrow import fs as pafs
 READ_AHEAD = 2**20  # bytes of a stream
 TABLE_READERS, TABLES_AHEAD = 16, 64  # tables that are read at a time, and before they are asked for
 UPLOADED_AT_A_TIME = 2**26  # bytes of an upload that are in memory twice
+REQUEST_BYTES = 64 * 2**20  # most that one read asks for
+GONE, OVERFLOWN = "NO_SUCH_UPLOAD", "Failed to flush response stream"  # as boto3 and Arrow say
+MARKS = (0x5A, 0xA5, 0x3C, 0xC3)  # what stands where an answer's last byte comes
 TEMPORARY = ".incomplete-"  # prefix of a local file that is still being written
 
 
@@ -55,23 +63,56 @@ class FileStat:
 class RangeReader:
     """One stored file, read at any place, by several threads at a time; closed when nobody refers to it any more."""
 
-    def __init__(self, file: io.FileIO | pa.NativeFile, name: str) -> None:
-        self.file, self.name = file, name
+    def __init__(self, file: io.FileIO | pa.NativeFile, name: str, attempts: int = 1) -> None:
+        self.file, self.name, self._attempts = file, name, attempts
         self._descriptor = file.fileno() if isinstance(file, io.FileIO) else None
 
     def read_into(self, target: memoryview, offset: int) -> None:
         """Fill `target`, bytes, from `offset` on. Raises OSError where the file ends before."""
         done = 0
         while done < len(target):
+            part = target[done : done + REQUEST_BYTES]
             if self._descriptor is not None:
-                count = os.preadv(self._descriptor, [target[done:]], offset + done)
+                count = os.preadv(self._descriptor, [part], offset + done)
             else:
-                data = self.file.read_at(len(target) - done, offset + done)  # type: ignore[union-attr]  # of pyarrow
-                count = len(data)
-                target[done : done + count] = data
+                count = self._request(part, offset + done)
             if count == 0:
                 raise OSError(f"{self.name} ends before byte {offset + len(target)}")
             done += count
+
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.file.size() if self._descriptor is None else os.fstat(self._descriptor).st_size  # type: ignore[union-attr]
+
+    def parquet(self) -> pq.ParquetFile:
+        """The file as Parquet."""
+        if self._descriptor is not None:
+            return pq.ParquetFile(self.file)
+        return pq.ParquetFile(pa.PythonFile(_Stream(self, self.size(), OSError), mode="r"))
+
+    def _request(self, part: memoryview, offset: int) -> int:
+        """Fill `part` by one request to S3; how many bytes were there. Raises OSError where no answer was whole.
+
+        An answer that is shorter than what was asked for, and says so in its length, passes Arrow: it counts the bytes
+        that it asked for, and leaves the rest of the buffer as it was. So the last byte is marked, and an answer that
+        leaves the mark is asked for again, with another. And an error's text that is longer than `part` ends Arrow's
+        own attempts, so that they are made here.
+        """
+        problem: Exception | None = None
+        for attempt in range(max(2, self._attempts)):
+            mark = part[-1] = MARKS[attempt % len(MARKS)]
+            try:
+                count = self.file.get_stream(offset, len(part)).readinto(part)  # type: ignore[union-attr]
+            except OSError as error:
+                if OVERFLOWN not in str(error):
+                    raise
+                problem = error
+                time.sleep(random.random() * min(0.1 * 2**attempt, 10.0))
+                continue
+            if count < len(part) or part[-1] != mark:
+                return count
+            problem = OSError(f"answers from byte {offset} on were shorter than the {len(part)} asked for")
+        raise OSError(f"{self.name}, {attempt + 1} times: {problem}") from problem
 
 
 class StorageError(RuntimeError):
@@ -79,10 +120,10 @@ class StorageError(RuntimeError):
 
 
 class _Stream(io.RawIOBase):
-    """A stored file of `size` bytes as a stream that can seek."""
+    """A stored file of `size` bytes as a stream that can seek. Where it cannot be read, it raises `raising`."""
 
-    def __init__(self, reader: RangeReader, size: int) -> None:
-        self._reader, self._size, self._place = reader, size, 0
+    def __init__(self, reader: RangeReader, size: int, raising: type[Exception]) -> None:
+        self._reader, self._size, self._place, self._raising = reader, size, 0, raising
 
     def readable(self) -> bool:
         return True
@@ -102,7 +143,7 @@ class _Stream(io.RawIOBase):
         try:
             self._reader.read_into(memoryview(target).cast("B")[:count], self._place)
         except OSError as error:
-            raise StorageError(f"{self._reader.name} cannot be read: {error}") from error
+            raise self._raising(f"{self._reader.name} cannot be read: {error}") from error
         self._place += count
         return count
 
@@ -152,6 +193,26 @@ class Storage:
             retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=options.s3_attempts),
         )
 
+    @cached_property
+    def _client(self) -> Any:
+        """boto3's client of the server, which writes."""
+        import boto3
+        from botocore.config import Config
+
+        options = self.options
+        seconds, attempts = options.s3_timeout_seconds, options.s3_attempts
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=options.s3_endpoint,
+            region_name=options.s3_region or ("us-east-1" if options.s3_endpoint else None),
+            config=Config(
+                connect_timeout=seconds,
+                read_timeout=seconds,
+                retries={"total_max_attempts": attempts, "mode": "standard"},
+                s3={"addressing_style": "path"} if options.s3_endpoint else None,
+            ),
+        )
+
     @property
     def root(self) -> str:
         """The folder as the file system names it: an absolute path, or bucket/prefix."""
@@ -179,8 +240,8 @@ class Storage:
 
     def table_columns(self, name: str) -> list[str]:
         """The columns of the Parquet file `name`."""
-        with self.filesystem.open_input_file(self.path(name)) as file:
-            return list(pq.ParquetFile(file).schema_arrow.names)
+        with self._parquet(name) as parquet:
+            return list(parquet.schema_arrow.names)
 
     def list(self, folder: str = "") -> list[FileStat]:
         """All files below `folder`, at any depth, sorted by name; files still being written are not among them."""
@@ -210,36 +271,39 @@ class Storage:
 
     def read(self, name: str) -> bytes:
         """The bytes of `name`. Raises FileNotFoundError if there is none."""
-        with self.filesystem.open_input_stream(self.path(name)) as stream:
-            return stream.read()
+        if self.is_local:
+            with open(self.path(name), "rb") as file:
+                return file.read()
+        return self.map(name).to_pybytes()
 
     def map(self, name: str) -> pa.Buffer:
         """The bytes of `name`, mapped to memory where it is local and read where it is not."""
         if not self.is_local:
-            return pa.py_buffer(self.read(name))
+            reader = self.open(name)
+            data = pa.allocate_buffer(reader.size())
+            reader.read_into(memoryview(data).cast("B"), 0)
+            return data
         with pa.memory_map(self.path(name)) as file:
             return file.read_buffer()
 
     def open(self, name: str) -> RangeReader:
         """The file `name`, for reading parts of it."""
-        path = self.path(name)
-        return RangeReader(io.FileIO(path) if self.is_local else self.filesystem.open_input_file(path), name)
+        path, attempts = self.path(name), self.options.s3_attempts
+        return RangeReader(io.FileIO(path) if self.is_local else self.filesystem.open_input_file(path), name, attempts)
 
     def stream(self, name: str, size: int) -> io.BufferedReader:
         """The file `name` of `size` bytes, read ahead in pieces; seeking past one leaves bytes unread.
 
         Where the storage fails, reading raises StorageError.
         """
-        return io.BufferedReader(_Stream(self.open(name), size), READ_AHEAD)
+        return io.BufferedReader(_Stream(self.open(name), size, StorageError), READ_AHEAD)
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write `name` whole, replacing what is there."""
-        target = self.path(name)
         if not self.is_local:
-            with self.filesystem.open_output_stream(target) as stream:
-                stream.write(data)
+            self._put(name, pa.BufferReader(data))
             return
-        with _replacing(target) as temporary, open(temporary, "wb") as file:
+        with _replacing(self.path(name)) as temporary, open(temporary, "wb") as file:
             file.write(data)
 
     @contextmanager
@@ -260,13 +324,36 @@ class Storage:
 
     def upload(self, name: str, file: str | os.PathLike[str]) -> None:
         """Copy a local file, however large, to `name`, whole."""
-        target = self.path(name)
-        local = pafs.LocalFileSystem()
         if not self.is_local:
-            pafs.copy_files(os.fspath(file), target, local, self.filesystem)
+            with open(file, "rb") as source:
+                self._put(name, source)
             return
-        with _replacing(target) as temporary:
+        local = pafs.LocalFileSystem()
+        with _replacing(self.path(name)) as temporary:
             pafs.copy_files(os.fspath(file), temporary, local, local)
+
+    def _put(self, name: str, source: Any) -> None:
+        """Write what the binary file `source` holds as the object `name`: in one request, or in parts if it is large.
+
+        By boto3, because Arrow completes an upload that an error ended early, and its copy_files tells of no error.
+        """
+        from boto3.exceptions import S3UploadFailedError
+        from boto3.s3.transfer import TransferConfig
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        bucket, _, key = self.path(name).partition("/")
+        size = source.seek(0, io.SEEK_END)
+        config = TransferConfig(use_threads=size > TransferConfig().multipart_threshold)
+        for last in (False, True):
+            source.seek(0)
+            try:
+                self._client.upload_fileobj(source, bucket, key, Config=config)
+                return
+            except (S3UploadFailedError, BotoCoreError, ClientError) as error:
+                code = _code(error)
+                if code == GONE and not last:  # most likely completed, and the answer lost: written again, to be sure
+                    continue
+                raise OSError(f"{self.uri}/{name}: writing it failed: AWS Error {code}: {error}") from error
 
     def delete(self, name: str) -> None:
         """Delete the file `name`."""
@@ -278,7 +365,12 @@ class Storage:
 
     def read_json(self, name: str) -> Any:
         """The JSON document `name`."""
-        return json.loads(self.read(name))
+        try:
+            return json.loads(self.read(name))
+        except FileNotFoundError:
+            raise
+        except (ValueError, OSError):  # on S3 a document that was replaced between two requests may be of both
+            return json.loads(self.read(name))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as the JSON document `name`."""
@@ -286,8 +378,16 @@ class Storage:
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """The Parquet file `name`, or some of its columns."""
+        with self._parquet(name) as parquet:
+            return parquet.read(columns=list(columns) if columns is not None else None)
+
+    @contextmanager
+    def _parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        if not self.is_local:
+            yield self.open(name).parquet()
+            return
         with self.filesystem.open_input_file(self.path(name)) as file:
-            return pq.ParquetFile(file).read(columns=list(columns) if columns is not None else None)
+            yield pq.ParquetFile(file)
 
     def read_tables(self, names: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """As `read_table`, of each of `names` in their order, several read at a time and few ahead."""
@@ -332,18 +432,45 @@ class Storage:
         return count
 
 
+def _code(error: Exception) -> str:
+    """What went wrong, in the words of Arrow's errors: SLOW_DOWN, ACCESS_DENIED, NETWORK_CONNECTION."""
+    from botocore.exceptions import ClientError
+
+    cause = error if isinstance(error, ClientError) else error.__context__
+    if not isinstance(cause, ClientError):
+        return "NETWORK_CONNECTION"
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cause.response["Error"]["Code"]).upper()
+
+
 @contextmanager
 def _replacing(target: str) -> Iterator[str]:
     """A temporary name beside `target` for the block to write, which takes its place, flushed, when the block ends."""
     folder = os.path.dirname(target)
-    os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with naming_full_disk(target):
+            os.makedirs(folder, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
     except BaseException:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+@contextmanager
+def naming_full_disk(path: str) -> Iterator[None]:
+    """Let an error of a full disk, while the block writes the file `path`, say which disk that is and what is left."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        disk = os.path.dirname(os.path.abspath(path))
+        while not os.path.ismount(disk):
+            disk = os.path.dirname(disk)
+        usage = shutil.disk_usage(disk)
+        left = f"{usage.free / 2**20:,.1f} of {usage.total / 2**20:,.1f} MiB are free on the disk at {disk}"
+        raise OSError(error.errno, f"{os.strerror(error.errno)}: {left}", path) from error

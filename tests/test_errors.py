@@ -59,14 +59,6 @@ def test_an_s3_server_that_is_not_there(told):
     assert ADVICE["S3 server out of reach"] in error
 
 
-def test_a_full_disk(told):
-    def fill(job: PreprocessJob) -> None:
-        with open("/dev/full", "wb", buffering=0) as file:
-            file.write(b"x")
-
-    assert ADVICE["disk full"] in told(run=fill)
-
-
 def test_a_cluster_of_another_version():
     with pytest.raises(RuntimeError) as error:
         check_version_info({"ray_version": "2.9.0", "python_version": "3.9.1"}, "this node")

@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 
 from jobs import generate, preprocess, train_base, train_vae
 from jobs.config import GenerateJob, PreprocessJob, TrainBaseJob, TrainVAEJob
+from jobs.demo_images import render_images
 from pipelines.schema import Column, Reject, data_files, require_manifest
 from pipelines.storage import TEMPORARY, Storage
 from tests import deadly
-from tests.conftest import SCHEDULE, Demo, Finished, killing
+from tests.conftest import SCHEDULE, Cluster, Demo, Finished, killing
+from tests.in_process import without_ray
 
 
 def content(dataset: Path, kind: str) -> dict[str, dict]:
@@ -50,21 +52,29 @@ def test_index_after_its_worker_is_killed(finished: Finished, tmp_path: Path) ->
     assert content(tmp_path / "index", "index") == content(finished.root / "index", "index")
 
 
-def test_an_index_with_images_that_kill_their_decoder_has_all_the_others(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    demo = copy_of(finished, tmp_path, "images")
+def test_an_index_with_images_that_kill_their_decoder_has_all_the_others(cluster: Cluster, tmp_path: Path) -> None:
+    demo = Demo(tmp_path)
+    render_images(tmp_path / "images", 12, 96)
+
+    def index(name: str) -> dict[str, dict]:
+        place = f'index="{tmp_path / name}"'
+        preprocess.run_stage(demo.load(PreprocessJob, "preprocess", place, "index_rows_per_file=1000"), "index")
+        return content(tmp_path / name, "index")
+
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        expected = index("without")
     for number in range(2):
         buffer = io.BytesIO()
         Image.linear_gradient("L").resize((64, 64 + number)).save(buffer, "PNG")
         (tmp_path / "images" / f"deadly_{number}.png").write_bytes(buffer.getvalue() + deadly.SEGFAULT)
-    monkeypatch.setattr("pipelines.preprocess.pipeline.measure", deadly.measure)
-    preprocess.run_stage(demo.load(PreprocessJob, "preprocess", "index_rows_per_file=1000"), "index")
-    found = content(tmp_path / "index", "index")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.preprocess.pipeline.measure", deadly.measure)
+        found = index("with")
     killers = [found.pop(f"deadly_{number}.png") for number in range(2)]
     assert [row[Column.REJECT_REASON] for row in killers] == [Reject.KILLS_DECODER] * 2
     assert "SIGSEGV" in killers[0][Column.REJECT_DETAIL]
-    assert found == content(finished.root / "index", "index")
+    assert found == expected
 
 
 def test_latents_after_the_encoder_is_killed(finished: Finished, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def decoding(attempt: int | None, max_pixels: int) -> Iterator[Decode]:
         yield _call if attempt is None else _Watch().call
         return
     logging.getLogger(__name__).warning(
-        "the process of a block of images has died %d times: each image is decoded in a process of its own", attempt
+        "a block of images is at attempt %d, since its process died: each image is decoded in a child process",
+        attempt + 1,
     )
     child = _Child(SPARE_BYTES + BYTES_PER_PIXEL * max_pixels)
     try:

@@ -17,6 +17,7 @@ from model.config import (
 )
 from pipelines.config import (
     DEFAULT_SCORE,
+    CropConfig,
     LPIPSWeightsConfig,
     SamplingConfig,
     SourceConfig,
@@ -24,7 +25,7 @@ from pipelines.config import (
     all_sources,
 )
 from pipelines.evaluate.config import OVERLAPS_PER_TILE, GenerateConfig
-from pipelines.preprocess.config import ScoreLimits
+from pipelines.preprocess.config import EncodeConfig, ScoreLimits
 
 
 def check_preset(key: str, name: str, presets: Iterable[str]) -> None:
@@ -60,6 +61,23 @@ def check_scores(key: str, limits: Mapping[str, ScoreLimits], sources: Sequence[
             raise ValueError(f"{key}.{name}: source.columns names no such score; there is {', '.join(there)}")
         if limit.min is not None and limit.max is not None and limit.min > limit.max:
             raise ValueError(f"{key}.{name}: nothing lies between min {limit.min} and max {limit.max}")
+
+
+def check_encode(encode: EncodeConfig, crop: CropConfig) -> None:
+    """Passes of the VAE can be full, crops of an image can differ, and there is a number of actors."""
+    if encode.rows_per_file > encode.batch and encode.rows_per_file % encode.batch:
+        raise ValueError(
+            f"encode.rows_per_file: {encode.rows_per_file} is not a multiple of encode.batch, {encode.batch}: passes "
+            "of the VAE would not be full"
+        )
+    if encode.crops > 1 and crop.placement == "center" and not 0 < crop.flip_chance < 1:
+        raise ValueError(
+            f"encode.crops: {encode.crops} crops of an image are all alike where crop.placement is center and "
+            f"crop.flip_chance {crop.flip_chance:g}"
+        )
+    fewest, most = encode.resources.workers
+    if fewest > most:
+        raise ValueError(f"encode.resources.workers: at least {fewest} and at most {most}")
 
 
 def check_text(key: str, text: TextWeightsConfig) -> None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jobs.checks import (
     check_denoiser_loss,
+    check_encode,
     check_fits_text,
     check_generate,
     check_lpips,
@@ -143,9 +144,7 @@ class PreprocessJob(Job):
             for side in size:
                 if side % multiple:
                     raise ValueError(f"buckets: side {side} of {size[0]} x {size[1]} is not a multiple of {multiple}")
-        fewest, most = self.encode.resources.workers
-        if fewest > most:
-            raise ValueError(f"encode.resources.workers: at least {fewest} and at most {most}")
+        check_encode(self.encode, self.crop)
         return self
 
 

@@ -73,18 +73,18 @@ def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> str | None:
         except HeldError as error:
             tracked().tags({"alert": "held", "alert.reason": str(error)})
             raise JobError(f"{stage}: {error}", HELD) from error
-        manifest, seconds = outcome.manifest, time.perf_counter() - begun
+        manifest, failures, seconds = outcome.manifest, outcome.told.failures, time.perf_counter() - begun
         report = _report(job, stage, held, outcome, seconds)  # also where a killed run left none
-        if outcome.done == len(outcome.failures) == 0 and before is not None and before.digest == manifest.digest:
+        if outcome.done == len(failures) == 0 and before is not None and before.digest == manifest.digest:
             print(f"{stage}: nothing new, {_describe(manifest)}")
             return None
         _tell(tracked(), outcome, seconds)
         tracked().file("report.html", report.encode())
-        print(f"{stage}: {outcome.done} made in {seconds:.1f} s, {_describe(manifest)}")
-        if outcome.failures:
+        print(f"{stage}: {outcome.done} made in {seconds:.1f} s, {_describe(manifest)}{_describe_work(outcome)}")
+        if failures:
             raise JobError(
-                f"{stage}: {len(outcome.failures)} images could not be made, and are tried again by the next run:\n  "
-                + "\n  ".join(f"{path}: {reason}" for path, reason in list(outcome.failures.items())[:SHOWN_FAILURES])
+                f"{stage}: {len(failures)} rows could not be made, and are tried again by the next run:\n  "
+                + "\n  ".join(f"{name}: {reason}" for name, reason in list(failures.items())[:SHOWN_FAILURES])
             )
         return None if outcome.look is None else f"{stage}: {outcome.look}"
 
@@ -122,7 +122,7 @@ def _report(job: PreprocessJob, stage: str, held: Lease, outcome: Outcome, secon
     from pipelines.preprocess.latents_report import write_latents_report
     from pipelines.preprocess.report import write_report
 
-    times = {"rows": outcome.done, "seconds": seconds, "stages": outcome.seconds} if outcome.done else None
+    times = {"rows": outcome.done, "seconds": seconds, "stages": outcome.told.seconds} if outcome.done else None
     if stage == "latents":
         return write_latents_report(held.dataset, outcome.manifest, times)
     return write_report(held.dataset, outcome.manifest, times, Originals(job.all_sources, job.storage).read)
@@ -134,8 +134,9 @@ def _tell(run: Run, outcome: Outcome, seconds: float) -> None:
     run.json("manifest.json", vars(manifest))
     numbers = {f"rows_{name}": float(count) for name, count in manifest.counts.items()}
     numbers |= {f"captions_{name}": float(count) for name, count in manifest.facts.get("captions", {}).items()}
-    numbers |= {f"seconds_{name}": taken for name, taken in outcome.seconds.items()}
-    numbers |= {"rows": manifest.rows, "rows_made": outcome.done, "rows_failed": len(outcome.failures)}
+    numbers |= {f"seconds_{name}": taken for name, taken in outcome.told.seconds.items()}
+    numbers |= {f"work_{name}": float(count) for name, count in outcome.told.counts.items()}
+    numbers |= {"rows": manifest.rows, "rows_made": outcome.done, "rows_failed": len(outcome.told.failures)}
     if change is not None:
         numbers |= {"rows_new": change.new, "reject_share_new": change.reject_share}
     run.numbers(numbers | {"seconds": seconds})
@@ -179,6 +180,14 @@ def _describe(manifest: Manifest) -> str:
     dropped = sum(captions.values()) - captions.get("kept", 0)
     left_out = f", {dropped} captions of kept images left out" if dropped else ""
     return f"{manifest.rows} rows ({counts}){left_out}"
+
+
+def _describe_work(outcome: Outcome) -> str:
+    counts = outcome.told.counts
+    if not counts:
+        return ""
+    filled, encoded = counts["vae_slots_filled"] / max(1, counts["vae_slots"]), counts["captions_encoded"]
+    return f"; {filled:.0%} of the VAE's places filled, {encoded} of {counts['captions']} captions encoded"
 
 
 if __name__ == "__main__":

@@ -79,9 +79,9 @@ class CropConfig:
     placement: Literal["random", "center"] = "random"
     """Where the crop lies: uniform (SDXL Algorithm 1), drawn from the seed and the image, or the middle."""
     flip_chance: Share = 0.0
-    """Chance that the crop is mirrored left to right."""
+    """Chance that the image is mirrored left to right before it is cropped."""
     seed: Amount = 0
-    """Seed of both draws."""
+    """Seed of both draws, which follow from it, the image's content and the number of the crop."""
 
 
 @dataclass(frozen=True, kw_only=True)

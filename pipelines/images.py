@@ -6,6 +6,7 @@ import hashlib
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -137,30 +138,44 @@ def draw_crop(size: Size, bucket: Size, crop: CropConfig, image_id: str) -> tupl
     return (int(draws.integers(height - bucket[0] + 1)), int(draws.integers(width - bucket[1] + 1))), flip
 
 
-def read_crop(
-    data: bytes, bucket: Size, crop: CropConfig, draw_id: str, max_pixels: int
-) -> tuple[np.ndarray, tuple[int, int], bool]:
-    """An image file's crop to its bucket, uint8 [height, width, 3], with its (top, left) and whether it is mirrored.
+def read_crops(
+    data: bytes, bucket: Size, crop: CropConfig, draw_ids: Sequence[str], max_pixels: int
+) -> list[tuple[np.ndarray, tuple[int, int], bool]]:
+    """An image file's crops to its bucket, one for each draw: uint8 [height, width, 3], (top, left), and whether it is
+    mirrored. The image is decoded and resized once.
 
     Raises one of DECODE_ERRORS where the file is damaged, truncated or not an image.
     """
     image, scale = decode_reduced(data, max_pixels, fit(header_size(data), bucket))
     size = (image.height * scale, image.width * scale)
-    top_left, flip = draw_crop(size, bucket, crop, draw_id)
-    return crop_pixels(image, bucket, top_left, flip, size), top_left, flip
+    resized = resize(image, fit(size, bucket))
+    drawn = [draw_crop(size, bucket, crop, draw_id) for draw_id in draw_ids]
+    return [(cut_out(resized, bucket, top_left, flip), top_left, flip) for top_left, flip in drawn]
+
+
+def read_crop(
+    data: bytes, bucket: Size, crop: CropConfig, draw_id: str, max_pixels: int
+) -> tuple[np.ndarray, tuple[int, int], bool]:
+    """As read_crops, for one draw."""
+    return read_crops(data, bucket, crop, [draw_id], max_pixels)[0]
 
 
 def crop_pixels(
     image: Image.Image, bucket: Size, top_left: tuple[int, int], flip: bool, size: Size | None = None
 ) -> np.ndarray:
-    """uint8 [height, width, 3]: the image resized by the shorter fit, cropped to the bucket, mirrored if asked.
+    """uint8 [height, width, 3]: the image resized by the shorter fit, mirrored if asked, cropped to the bucket.
 
     `size` is the original's (height, width) where the image is a reduced one.
     """
-    resized = resize(image, fit(size or (image.height, image.width), bucket))
+    return cut_out(resize(image, fit(size or (image.height, image.width), bucket)), bucket, top_left, flip)
+
+
+def cut_out(resized: np.ndarray, bucket: Size, top_left: tuple[int, int], flip: bool) -> np.ndarray:
+    """The bucket's pixels from (top, left) of the resized image, or of its mirror image: what lies left of them is what
+    the network is told, and does not see."""
     top, left = top_left
-    pixels = resized[top : top + bucket[0], left : left + bucket[1]]
-    return pixels[:, ::-1] if flip else pixels
+    seen = resized[:, ::-1] if flip else resized
+    return seen[top : top + bucket[0], left : left + bucket[1]]
 
 
 def resize(image: Image.Image, size: Size) -> np.ndarray:

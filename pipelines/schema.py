@@ -63,9 +63,10 @@ class Column(StrEnum):
     LATENT_STD = "latent_std"  # likewise
     CONTEXT = "context"  # float16 [77, channels], CLIP-L then bigG
     POOLED = "pooled"  # float16 [channels]
-    CROP_TOP_LEFT = "crop_top_left"  # (top, left) in pixels of the resized image
+    CROP = "crop"  # number of the crop among those of its image, from 0
+    CROP_TOP_LEFT = "crop_top_left"  # (top, left) in pixels of the resized image, or of its mirror image
     TARGET_SIZE = "target_size"  # (height, width) in pixels: the bucket
-    FLIP = "flip"  # whether the crop was mirrored left to right
+    FLIP = "flip"  # whether the resized image was mirrored left to right before the crop
 
 
 class Reject(StrEnum):
@@ -154,6 +155,7 @@ def latents_schema(latent: Sequence[int], context: Sequence[int], pooled: Sequen
             pa.field(Column.CAPTIONS, TEXTS, nullable=False),
             pa.field(Column.CAPTION_WEIGHTS, WEIGHTS, nullable=False),
             pa.field(Column.ORIGINAL_SIZE, PAIR, nullable=False),
+            pa.field(Column.CROP, pa.int32(), nullable=False),
             pa.field(Column.CROP_TOP_LEFT, PAIR, nullable=False),
             pa.field(Column.TARGET_SIZE, PAIR, nullable=False),
             pa.field(Column.FLIP, pa.bool_(), nullable=False),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,16 +12,23 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.config import ColumnsConfig, CropConfig, SourceConfig, StageResources
+from pipelines.config import (
+    ColumnsConfig,
+    CropConfig,
+    SourceConfig,
+    StageResources,
+    TextWeightsConfig,
+    WeightsConfig,
+)
 from pipelines.lease import lease
 from pipelines.originals import Originals
-from pipelines.preprocess.config import AlertConfig, BucketConfig, FilterConfig, ScoreLimits
-from pipelines.preprocess.encode import crop_images
-from pipelines.preprocess.pipeline import Outcome, build_index
+from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig, ScoreLimits
+from pipelines.preprocess.crop import crop_images, rows_of_crops
+from pipelines.preprocess.pipeline import Outcome, build_index, build_latents
 from pipelines.preprocess.write import FAILURE
-from pipelines.schema import kept_rows
+from pipelines.schema import data_files, kept_rows
 from pipelines.storage import Storage, StorageOptions
-from pipelines.train.batches import ImageReader
+from pipelines.train.batches import ImageReader, LatentReader
 from tests.conftest import Cluster
 from tests.pipelines.test_containers import sample, save_dataset, write_tar
 
@@ -94,7 +103,8 @@ def test_every_kind_of_source_becomes_one_index_that_later_stages_read_by(cluste
     assert {row["captions"][0]: originals.read(row) for row in kept.to_pylist()} == expected
     (several,) = [row for row in kept.to_pylist() if len(row["captions"]) > 1]
     assert (several["captions"], several["caption_weights"]) == (["caption 8", "another of 8"], [0.75, 0.25])
-    assert crop_images(kept, originals, crop, MAX_PIXELS).column(FAILURE).null_count == KEPT
+    cropped = crop_images(rows_of_crops(kept, 1), originals, crop, MAX_PIXELS)
+    assert cropped.column(FAILURE).null_count == KEPT
     reader = ImageReader(dataset, first.manifest, originals, crop, MAX_PIXELS)
     assert {file.name: (file.rows, file.weight) for file in reader.files} == {
         "32x32/folder": (2, 1.0),
@@ -106,6 +116,7 @@ def test_every_kind_of_source_becomes_one_index_that_later_stages_read_by(cluste
     assert reader.read(rows, (32, 32), first=0).image.shape == (KEPT, 3, 32, 32)
     assert sorted(reader.names(rows))[:3] == ["folder:0.png", "folder:1.png", "saved:data-00000-of-00002.arrow#0"]
 
+    latents_of_two_crops(dataset, sources, tmp_path)
     write_tar(tmp_path / "tars/1.tar", sample("11", picture(11), caption="caption 11", pwatermark=0.1))
     later = run()
     assert (later.done, later.manifest.counts["kept"], later.manifest.counts["unreadable"]) == (1, KEPT + 1, 1)
@@ -114,3 +125,41 @@ def test_every_kind_of_source_becomes_one_index_that_later_stages_read_by(cluste
     with pytest.raises(ValueError, match=r"^\S*without.parquet: source.columns.caption is 'caption'") as error:
         run()
     assert "Traceback" not in str(error.value)
+
+
+def latents_of_two_crops(index: Storage, sources: list[SourceConfig], folder: Path) -> None:
+    """Two crops of each image but of one, which changes after it was indexed: counted in, out, and between."""
+    dataset, changing = Storage(str(folder / "latents")), folder / "folder/1.png"
+    before, data = changing.stat(), changing.read_bytes()
+
+    def run() -> Outcome:
+        with lease(dataset) as held:
+            return build_latents(
+                vae=WeightsConfig(preset="tiny", seed=1),
+                text=TextWeightsConfig(preset="tiny", seed=2),
+                crop=CropConfig(flip_chance=0.5),
+                encode=EncodeConfig(crops=2, rows_per_file=8, batch=8),
+                max_pixels=MAX_PIXELS,
+                sources=sources,
+                index=index,
+                held=held,
+                resources=StageResources(),
+                begin=lambda: None,
+            )
+
+    changing.write_bytes(b"changed")
+    first = run()
+    assert (first.done, first.manifest.rows) == (2 * KEPT - 2, 2 * KEPT - 2)
+    assert set(first.manifest.failed) == {"folder:1.png", "folder:1.png, crop 1"}
+    # Blocks of 8, 8 and 2 rows of all sources; of the ten captions the nine of other images, once each.
+    assert first.told.counts == {"vae_slots": 24, "vae_slots_filled": 16, "captions": 18, "captions_encoded": 9}
+    changing.write_bytes(data)
+    os.utime(changing, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = run()
+    assert (second.done, second.manifest.rows, dict(second.manifest.failed)) == (2, 2 * KEPT, {})
+    assert {file.weight for file in data_files(dataset, second.manifest)} == {1.0, 2.0}
+    reader = LatentReader(dataset, second.manifest, seed=0)
+    rows = np.array([[number, row] for number, file in enumerate(reader.files) for row in range(file.rows)])
+    assert len(set(reader.names(rows))) == 2 * KEPT
+    seen = {batch.tobytes() for first in range(20) for batch in reader.read(rows, (32, 32), first).pooled.numpy()}
+    assert len(seen) == KEPT + 1

@@ -1,4 +1,4 @@
-"""Aspect buckets: which sizes there are (SDXL Appendix I), and which one an image belongs to."""
+"""Aspect buckets: which sizes there are (SDXL Appendix I), which one an image belongs to, and blocks of one each."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.config import Size
 from pipelines.preprocess.config import BucketConfig
 from pipelines.preprocess.measure import sizes
-from pipelines.schema import INDEX_SCHEMA, Column, pair_column
+from pipelines.preprocess.write import cut
+from pipelines.schema import INDEX_SCHEMA, Column, masks_of_pairs, pair_column
 
 SDXL_RESOLUTION, SDXL_STEP = 1024, 64
 # Appendix I holds every pair of multiples of 64 from 512 to 2048 whose area is 90% to 100% of 1024 x 1024, but for
@@ -54,3 +56,29 @@ def assign_buckets(index: pa.Table, table: Sequence[Size]) -> pa.Table:
     buckets = [size and nearest(size, table) for size in sizes(index)]
     position = index.schema.get_field_index(Column.BUCKET)
     return index.set_column(position, INDEX_SCHEMA.field(Column.BUCKET), pair_column(buckets))
+
+
+def blocks_by_bucket(rows: pa.Table, size: int) -> list[pa.Table]:
+    """Blocks of one bucket each, all of `size` rows but the last of a bucket, from whatever sources.
+
+    So the passes of an encoder are as full as they can be. In a block the rows of each source are a unit of their own,
+    because the weight of a source can change later, and a file has rows of one weight.
+    """
+    blocks = []
+    for (height, width), mask in masks_of_pairs(rows, Column.BUCKET).items():
+        members = _by_source(rows.filter(mask))
+        for start in range(0, members.num_rows, size):
+            blocks.append(pa.concat_tables(_units(members.slice(start, size), f"{height}x{width}")))
+    return blocks
+
+
+def _by_source(rows: pa.Table) -> pa.Table:
+    """Rows in the order of their sources' names, within each as they were."""
+    names = rows.column(Column.SOURCE)
+    return pa.concat_tables(rows.filter(pc.equal(names, name)) for name in sorted(pc.unique(names).to_pylist()))
+
+
+def _units(block: pa.Table, folder: str) -> list[pa.Table]:
+    names = block.column(Column.SOURCE)
+    parts = [block.filter(pc.equal(names, name)) for name in pc.unique(names)]
+    return [unit for part in parts for unit in cut(part, part.num_rows, folder)]

@@ -70,11 +70,16 @@ class EncodeConfig:
     """How the latents stage encodes."""
 
     rows_per_file: Count = 64
-    """Images per task and per Parquet file."""
+    """Crops per task, and most per Parquet file."""
+    crops: Count = 1
+    """Crops of each image, each drawn by itself and a row of its own, which training sees once an epoch. More of them
+    encode the new ones only."""
     batch: Count = 16
-    """Images in one pass of the VAE."""
+    """Images in one pass of the VAE; rows_per_file is a multiple of it, so that passes are full."""
     text_batch: Count = 64
     """Captions in one pass of the text encoders."""
+    kept_captions: Amount = 1024
+    """Captions whose text an encoder keeps in memory, 0.3 MB each, so as not to encode one again that comes again."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type the networks compute in; latents and text are stored as float16. The published VAE overflows in float16:
     the images that do so are reported by name and left out."""

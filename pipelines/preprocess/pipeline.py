@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,10 @@ from pipelines.config import CropConfig, SourceConfig, StageResources, TextWeigh
 from pipelines.lease import Lease
 from pipelines.originals import Originals
 from pipelines.preprocess.alert import Change, change_of, judge
-from pipelines.preprocess.bucket import assign_buckets, bucket_table
+from pipelines.preprocess.bucket import assign_buckets, blocks_by_bucket, bucket_table
 from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig
-from pipelines.preprocess.encode import Encoder, crop_images
+from pipelines.preprocess.crop import crop_images, rows_of_crops
+from pipelines.preprocess.encode import Encoder
 from pipelines.preprocess.filter import caption_counts, decide
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.sources.listing import (
@@ -58,7 +59,6 @@ from pipelines.schema import (
     data_files,
     digest,
     kept_rows,
-    masks_of_pairs,
     read_manifest,
     require_manifest,
     write_manifest,
@@ -86,6 +86,18 @@ SHOWN_ERRORS = 10  # containers whose columns are wrong, most often all alike
 INDEX_COMPRESSION, LATENTS_COMPRESSION = "zstd", "none"  # loaders read single rows of latents in place
 
 
+@dataclass(frozen=True)
+class Told:
+    """What tasks tell of the units that they wrote."""
+
+    failures: dict[str, str] = field(default_factory=dict)
+    """Rows that could not be made, as source:path, and why; of an image's further crops, as source:path, crop 1."""
+    seconds: Counter[str] = field(default_factory=Counter)
+    """What the tasks of each stage took together."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """What stages count: places in passes of the VAE, captions."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What a run of one stage did."""
@@ -94,10 +106,8 @@ class Outcome:
     """The dataset as it is now."""
     done: int
     """Rows that this run made."""
-    failures: Mapping[str, str]
-    """Images that could not be made, as source:path, and why."""
-    seconds: Mapping[str, float]
-    """What the tasks of each stage took together."""
+    told: Told
+    """What could not be made, and what the rest took."""
     change: Change | None = None
     """Index: how it differs from the one before."""
     look: str | None = None
@@ -136,7 +146,7 @@ def build_index(
     inputs = list_inputs(surveys, dataset.options, lambda container: dataset.read_table(container.listing))
     new = missing(inputs, stored(dataset, folder))
     units = cut(new, rows_per_file)
-    seconds: dict[str, float] = {}
+    told = Told()
     if units:
         begin()
         originals = Originals(sources, dataset.options)
@@ -148,12 +158,12 @@ def build_index(
                 partial(write_units, dataset=dataset, folder=folder, compression=INDEX_COMPRESSION), **tasks(resources)
             )
         )
-        _, seconds = _run(stages, "index", new.num_rows)
+        told = _run(stages, "index", new.num_rows)
     wanted, done = inputs.column(Column.KEY), new.num_rows
     del inputs, new, units  # the keys are enough from here on, and the rest takes much memory
     manifest, change, look = _commit_index(held, folder, wanted, fingerprint, filters=filters, alerts=alerts)
     forget_listings(surveys, dataset)
-    return Outcome(manifest=manifest, done=done, failures={}, seconds=seconds, change=change, look=look)
+    return Outcome(manifest=manifest, done=done, told=told, change=change, look=look)
 
 
 def build_latents(
@@ -169,7 +179,7 @@ def build_latents(
     resources: StageResources,
     begin: Callable[[], object],
 ) -> Outcome:
-    """Bring the latents up to date with the index: one row for every kept image, by bucket.
+    """Bring the latents up to date with the index: a row for every crop of every kept image, by bucket.
 
     `begin` is called before the first use of Ray, if there is work for it.
     """
@@ -183,22 +193,17 @@ def build_latents(
         "dtype": encode.dtype,
     }
     folder = _folder(made_by)
-    kept = kept_rows(index, index_manifest)
+    kept = rows_of_crops(kept_rows(index, index_manifest), encode.crops)
     originals = Originals(sources, dataset.options)
     originals.check(kept)
     rows = missing(kept, stored(dataset, folder))
-    units = [  # of one source, so that its weight can change later
-        unit
-        for source in sources
-        for unit in _by_bucket(rows.filter(pc.equal(rows.column(Column.SOURCE), source.name)), encode.rows_per_file)
-    ]
-    _check_text_fits(units, networks.text_config(text))
-    failures: dict[str, str] = {}
-    seconds: dict[str, float] = {}
-    if units:
+    blocks = blocks_by_bucket(rows, encode.rows_per_file)
+    _check_text_fits(blocks, networks.text_config(text))
+    told = Told()
+    if blocks:
         begin()
         stages = (
-            dataset_of(units)
+            dataset_of(blocks)
             .map_batches(
                 partial(crop_images, originals=originals, crop=crop, max_pixels=max_pixels, attempt=attempt),
                 **tasks(resources),
@@ -209,7 +214,7 @@ def build_latents(
                 **tasks(resources),
             )
         )
-        failures, seconds = _run(stages, "latents", rows.num_rows)
+        told = _run(stages, "latents", rows.num_rows)
     facts = {
         "vae": asdict(networks.vae(vae, dataset.options).config),
         "text": asdict(networks.text_config(text)),
@@ -222,10 +227,10 @@ def build_latents(
         made_by=made_by,
         facts=facts,
         parents={"index": index_manifest.digest},
-        failures=failures,
+        failures=told.failures,
         weights={source.name: source.weight for source in sources},
     )
-    return Outcome(manifest=manifest, done=rows.num_rows - len(failures), failures=failures, seconds=seconds)
+    return Outcome(manifest=manifest, done=rows.num_rows - len(told.failures), told=told)
 
 
 def _list_containers(containers: Sequence[Container], dataset: Storage, resources: StageResources) -> None:
@@ -246,12 +251,6 @@ def _folder(fingerprint: Mapping[str, Any]) -> str:
     return f"data/{digest(fingerprint)[:12]}"
 
 
-def _by_bucket(rows: pa.Table, size: int) -> list[pa.Table]:
-    """Units of at most `size` rows of one bucket, in a folder that is named HEIGHTxWIDTH."""
-    masks = masks_of_pairs(rows, Column.BUCKET)
-    return cut(rows, size, {f"{height}x{width}": mask for (height, width), mask in masks.items()})
-
-
 def _check_text_fits(units: Sequence[pa.Table], text: TextConfig) -> None:
     """Raise ValueError where the text of a file's captions does not fit one page, in which loaders look for it."""
     of_caption = 2 * CONTEXT_LENGTH * text.context_dim
@@ -265,19 +264,24 @@ def _check_text_fits(units: Sequence[pa.Table], text: TextConfig) -> None:
         )
 
 
-def _run(stages: Dataset, label: str, rows: int) -> tuple[dict[str, str], dict[str, float]]:
-    """Run the stages to their end; gives the images that failed, as source:path, and why, and each stage's seconds."""
-    failures: dict[str, str] = {}
-    seconds: dict[str, float] = {}
+def _run(stages: Dataset, label: str, rows: int) -> Told:
+    """Run the stages to their end."""
+    told, done = Told(), 0
     with progress(label, rows) as bar:
         for unit in stages.iter_rows():
-            for stage, taken in unit["seconds"]:
-                seconds[stage] = seconds.get(stage, 0.0) + taken
-            failures |= {f"{row[Column.SOURCE]}:{row[Column.PATH]}": row[FAILURE] for row in unit["failures"]}
+            told.seconds.update(dict(unit["seconds"]))
+            told.counts.update(dict(unit["counts"]))
+            told.failures.update((_failed_name(row), row[FAILURE]) for row in unit["failures"])
             bar.update(unit["rows"] + len(unit["failures"]))
-        if bar.n != rows:
-            raise RuntimeError(f"{label}: {rows} rows went in and {bar.n} came out")
-    return failures, seconds
+        done = bar.n
+    if done != rows:
+        raise RuntimeError(f"{label}: {rows} rows went in and {done} came out")
+    return told
+
+
+def _failed_name(row: Mapping[str, Any]) -> str:
+    name = f"{row[Column.SOURCE]}:{row[Column.PATH]}"
+    return f"{name}, crop {row[Column.CROP]}" if row[Column.CROP] else name
 
 
 def _commit_index(

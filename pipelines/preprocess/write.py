@@ -9,7 +9,7 @@ files there are, and makes manifest.json last. Files that no manifest ever named
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -23,7 +23,8 @@ from pipelines.schema import Column, DataFile, digest
 from pipelines.storage import TABLE_READERS, Storage
 
 UNIT, UNIT_ROWS = "unit", "unit_rows"  # columns that travel with rows until they are written
-UNIT_SECONDS = "unit_seconds_"  # and these: what each stage took for the unit, by its name
+UNIT_SECONDS = "unit_seconds_"  # and these: a row's share of what each stage took, by the stage's name
+UNIT_COUNT = "unit_count_"  # and these: numbers whose sums over all rows are of interest, by name
 FAILURE = "failure"  # column of rows on their way: why a row could not be made, or null
 PAGE_BYTES = 2**30  # more than any column holds
 REWRITERS = 4  # files that are written again at a time
@@ -43,22 +44,20 @@ class Stored:
     keys: pa.Array
 
 
-def cut(rows: pa.Table, size: int, groups: Mapping[str, pa.Array] | None = None) -> list[pa.Table]:
-    """Rows cut into units of at most `size`. Rows of different groups (masks by folder) never share a unit."""
+def cut(rows: pa.Table, size: int, folder: str = "all") -> list[pa.Table]:
+    """Rows cut into units of at most `size`, whose files will lie in `folder`."""
     units = []
-    for group, mask in (groups or {"all": None}).items():
-        members = rows if mask is None else rows.filter(mask)
-        for start in range(0, members.num_rows, size):
-            unit = members.slice(start, size)
-            name = f"{group}/{digest(unit.column(Column.KEY).to_pylist())}"
-            count = unit.num_rows
-            unit = unit.append_column(UNIT, pa.array([name] * count, pa.string()))
-            units.append(unit.append_column(UNIT_ROWS, pa.array([count] * count, pa.int64())))
+    for start in range(0, rows.num_rows, size):
+        unit = rows.slice(start, size)
+        name = f"{folder}/{digest(unit.column(Column.KEY).to_pylist())}"
+        count = unit.num_rows
+        unit = unit.append_column(UNIT, pa.array([name] * count, pa.string()))
+        units.append(unit.append_column(UNIT_ROWS, pa.array([count] * count, pa.int64())))
     return units
 
 
 def timed(stage: str) -> Callable[[Callable[..., pa.Table]], Callable[..., pa.Table]]:
-    """A decorator of a function of tables: the rows of a unit get a column with the seconds that it took for them."""
+    """A decorator of a function of tables: the rows of units get a column with their shares of the seconds it took."""
 
     def decorate(function: Callable[..., pa.Table]) -> Callable[..., pa.Table]:
         @wraps(function)
@@ -67,7 +66,8 @@ def timed(stage: str) -> Callable[[Callable[..., pa.Table]], Callable[..., pa.Ta
             rows = function(*arguments, **named)
             if UNIT not in rows.column_names:
                 return rows
-            seconds = pa.array([time.perf_counter() - begun] * rows.num_rows, pa.float64())
+            share = (time.perf_counter() - begun) / max(1, rows.num_rows)
+            seconds = pa.array([share] * rows.num_rows, pa.float64())
             return rows.append_column(f"{UNIT_SECONDS}{stage}", seconds)
 
         return run
@@ -76,7 +76,7 @@ def timed(stage: str) -> Callable[[Callable[..., pa.Table]], Callable[..., pa.Ta
 
 
 def write_units(rows: pa.Table, dataset: Storage, folder: str, compression: str | None) -> pa.Table:
-    """Write the units that a task holds; one row per unit: its name, rows written, which images failed, seconds."""
+    """Write the units that a task holds; one row per unit: its name, rows written, which failed, seconds, counts."""
     report = []
     travelling = [name for name in rows.column_names if name.startswith(UNIT)]
     for name in pc.unique(rows.column(UNIT)).to_pylist():
@@ -85,26 +85,42 @@ def write_units(rows: pa.Table, dataset: Storage, folder: str, compression: str 
         expected = unit.column(UNIT_ROWS)[0].as_py()
         if unit.num_rows != expected:
             raise RuntimeError(f"unit {name} reached its writer with {unit.num_rows} of {expected} rows")
-        timings = [column for column in travelling if column.startswith(UNIT_SECONDS)]
-        seconds = {column.removeprefix(UNIT_SECONDS): unit.column(column)[0].as_py() for column in timings}
-        failures: list[dict[str, str]] = []
+        seconds, counts = (
+            {
+                column.removeprefix(prefix): pc.sum(unit.column(column)).as_py()
+                for column in travelling
+                if column.startswith(prefix)
+            }
+            for prefix in (UNIT_SECONDS, UNIT_COUNT)
+        )
+        failures: list[dict[str, Any]] = []
         if FAILURE in unit.column_names:
             failed = unit.filter(pc.is_valid(unit.column(FAILURE)))
-            failures = failed.select([Column.SOURCE, Column.PATH, FAILURE]).to_pylist()
+            failures = failed.select([Column.SOURCE, Column.PATH, Column.CROP, FAILURE]).to_pylist()
             unit = unit.filter(pc.is_null(unit.column(FAILURE))).drop_columns([FAILURE, Column.SOURCE, Column.PATH])
         if unit.num_rows:
             write_rows(unit.drop_columns(travelling), dataset, f"{folder}/{name}.parquet", compression)
         seconds["write"] = time.perf_counter() - begun
-        report.append({UNIT: name, "rows": unit.num_rows, "failures": failures, "seconds": list(seconds.items())})
+        told = {"failures": failures, "seconds": list(seconds.items()), "counts": list(counts.items())}
+        report.append({UNIT: name, "rows": unit.num_rows, **told})
     return pa.Table.from_pylist(report, REPORT_SCHEMA)
 
 
+FAILED = pa.struct(
+    [
+        (Column.SOURCE, pa.string()),
+        (Column.PATH, pa.string()),
+        (Column.CROP, pa.int32()),
+        (FAILURE, pa.string()),
+    ]
+)
 REPORT_SCHEMA = pa.schema(
     [
         (UNIT, pa.string()),
         ("rows", pa.int64()),
-        ("failures", pa.list_(pa.struct([(name, pa.string()) for name in (Column.SOURCE, Column.PATH, FAILURE)]))),
+        ("failures", pa.list_(FAILED)),
         ("seconds", pa.map_(pa.string(), pa.float64())),
+        ("counts", pa.map_(pa.string(), pa.int64())),
     ]
 )
 

@@ -1,13 +1,17 @@
-"""C11: what is kept of pixels and of rows, on a mix of aspects. Nothing is timed: the numbers are always the same."""
+"""C11: what is kept of pixels and of rows, and how full the VAE's passes are, on a mix of aspects.
+
+Nothing is timed: the numbers are always the same.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 
 from pipelines.config import Size
-from pipelines.preprocess.bucket import bucket_table, nearest
-from pipelines.preprocess.config import BucketConfig
-from pipelines.schema import DataFile
+from pipelines.preprocess.bucket import blocks_by_bucket, bucket_table, nearest
+from pipelines.preprocess.config import BucketConfig, EncodeConfig
+from pipelines.schema import DataFile, pair_column
 from pipelines.train.config import BatchConfig
 from pipelines.train.plan import Plan
 
@@ -27,13 +31,13 @@ MIX = {  # height over width, and how many of a hundred images: our guess at a m
 ROWS, FILE_ROWS, GLOBAL_SIZE = 4000, 64, 16
 
 
-def mixed_sizes() -> list[Size]:
+def mixed_sizes(rows: int = ROWS) -> list[Size]:
     """Sizes of the mix, each trimmed by up to a tenth of a side, as people crop."""
     draws = np.random.Generator(np.random.PCG64(0))
     shares = np.array(list(MIX.values())) / sum(MIX.values())
-    kinds = np.array(list(MIX))[draws.choice(len(MIX), ROWS, p=shares)]
-    trims = draws.uniform(0.9, 1, (ROWS, 2))
-    longest = draws.uniform(300, 4000, ROWS)
+    kinds = np.array(list(MIX))[draws.choice(len(MIX), rows, p=shares)]
+    trims = draws.uniform(0.9, 1, (rows, 2))
+    longest = draws.uniform(300, 4000, rows)
     return [
         (max(1, round(height)), max(1, round(width)))
         for height, width in kinds * trims * (longest / kinds.max(1))[:, None]
@@ -72,3 +76,24 @@ def test_pixels_and_rows_kept() -> None:
     print(
         f"  dropping each bucket's last batch would lose {tails:,} of {ROWS:,} rows an epoch, {100 * tails / ROWS:.1f}%"
     )
+
+
+def test_places_filled_in_passes_of_the_vae() -> None:
+    """Beside blocks of one source each, which is what a cut by source and bucket gives."""
+    table, config = bucket_table(BucketConfig()), EncodeConfig()
+    print(f"\nplaces filled in passes of {config.batch}, {config.rows_per_file} rows a task, images of 4 sources")
+    for rows in (1_000, 4_000, 20_000, 100_000):
+        buckets = [nearest(size, table) for size in mixed_sizes(rows)]
+        sources = np.random.Generator(np.random.PCG64(1)).choice(list("abcd"), rows, p=[0.4, 0.3, 0.2, 0.1])
+        keys = [f"{number:06}" for number in range(rows)]
+        index = pa.table({"key": keys, "source": sources, "bucket": pair_column(buckets)})
+        ours = blocks_by_bucket(index, config.rows_per_file)
+        assert sum(block.num_rows for block in ours) == rows
+        by_source = [
+            block for name in "abcd" for block in blocks_by_bucket(index.filter(sources == name), config.rows_per_file)
+        ]
+        filled, apart = (
+            rows / sum(-(-block.num_rows // config.batch) * config.batch for block in blocks)
+            for blocks in (ours, by_source)
+        )
+        print(f"  {rows:>7,} images: {100 * filled:.1f}%, each source for itself {100 * apart:.1f}%")

@@ -44,6 +44,7 @@ def table(number: int) -> pa.Table:
         Column.CAPTIONS: [["a caption"]] * FILE_ROWS,
         Column.CAPTION_WEIGHTS: [[1.0]] * FILE_ROWS,
         Column.ORIGINAL_SIZE: pairs,
+        Column.CROP: [0] * FILE_ROWS,
         Column.CROP_TOP_LEFT: [[0, 0]] * FILE_ROWS,
         Column.TARGET_SIZE: pairs,
         Column.FLIP: [False] * FILE_ROWS,

@@ -182,19 +182,19 @@ def listing(step: Steps, index: Any, told: dict[str, Any]) -> None:
 
 
 def planning(step: Steps, index: Any, manifest: Any) -> None:
-    from pipelines.preprocess.write import cut, missing
-    from pipelines.schema import Column, DataFile, kept_rows, masks_of_pairs
+    from pipelines.preprocess.bucket import blocks_by_bucket
+    from pipelines.preprocess.crop import rows_of_crops
+    from pipelines.preprocess.write import missing
+    from pipelines.schema import DataFile, kept_rows
     from pipelines.train.config import BatchConfig
     from pipelines.train.plan import Plan
 
     kept = step("kept rows, with the keys of their latents", lambda: kept_rows(index, manifest))
 
     def by_bucket() -> list[pa.Table]:
-        masks = masks_of_pairs(kept, Column.BUCKET)
-        named = {f"{height}x{width}": mask for (height, width), mask in masks.items()}
-        return cut(missing(kept, []), LATENTS_FILE_ROWS, named)
+        return blocks_by_bucket(missing(rows_of_crops(kept, 1), []), LATENTS_FILE_ROWS)
 
-    units = step("the latents job: units of one bucket", by_bucket, lambda found: f"{len(found):,} units")
+    units = step("the latents job: blocks of one bucket", by_bucket, lambda found: f"{len(found):,} blocks")
     names = [unit.column("unit")[0].as_py() for unit in units]
     files = [
         DataFile(name=name, rows=unit.num_rows, bucket=tuple(map(int, name.split("/")[0].split("x"))))
@@ -232,6 +232,7 @@ def make_worker(rows: int, folder: Path) -> None:
             "captions": [[key] for key in keys],
             "caption_weights": [[1.0]] * count,
             **dict.fromkeys(("original_size", "crop_top_left", "target_size"), [bucket] * count),
+            "crop": [0] * count,
             "flip": [False] * count,
             "aesthetic_score": [5.0] * count,
         }

@@ -108,6 +108,15 @@ def wrong(make, kind: type, *overrides: str) -> str:
     return str(error.value)
 
 
+def test_crops_that_would_be_alike_and_passes_that_would_not_be_full_are_refused(make):
+    several = ["encode.crops=2", "crop.placement=center"]
+    assert "encode.crops: 2 crops of an image are all alike" in wrong(make, PreprocessJob, *several)
+    assert make(PreprocessJob, *several, "crop.flip_chance=0.5").encode.crops == 2
+    sizes = ["encode.rows_per_file=50", "encode.batch=16"]
+    assert "encode.rows_per_file: 50 is not a multiple of encode.batch, 16" in wrong(make, PreprocessJob, *sizes)
+    assert make(PreprocessJob, "encode.rows_per_file=8", "encode.batch=16").encode.rows_per_file == 8
+
+
 def test_captions_are_a_column_or_several_with_a_weight_each(make):
     columns = make(PreprocessJob, "source.columns.caption.long=3", "source.columns.caption.short=0.5").source.columns
     assert columns.caption == {"long": 3.0, "short": 0.5}

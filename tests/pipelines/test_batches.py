@@ -52,6 +52,7 @@ def values(number: int, bucket: tuple[int, int]) -> dict:
         "captions": [f"caption {number} {k}" for k in captions],
         "caption_weights": [(k + 1) / sum(n + 1 for n in captions) for k in captions],
         "original_size": [100 + number, 200 + number],
+        "crop": 0,
         "crop_top_left": [number, 0],
         "target_size": list(bucket),
         "flip": bool(number % 2),

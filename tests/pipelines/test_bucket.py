@@ -1,9 +1,11 @@
 import math
 import random
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from pipelines.preprocess.bucket import assign_buckets, bucket_table, nearest
+from pipelines.preprocess.bucket import assign_buckets, blocks_by_bucket, bucket_table, nearest
 from pipelines.preprocess.config import BucketConfig
 from pipelines.schema import INDEX_SCHEMA, pair_column
 
@@ -104,3 +106,24 @@ def test_index_rows_get_the_bucket_of_their_size_and_nothing_else_changes():
 def test_aspects_of_the_table_increase():
     aspects = [math.log(height / width) for height, width in SDXL]
     assert aspects == sorted(aspects)
+
+
+def test_blocks_have_one_bucket_and_are_full_whatever_sources_their_rows_are_of():
+    draws, count = np.random.default_rng(0), 500
+    sources = draws.choice(["b", "a", "c"], count, p=[0.7, 0.2, 0.1]).tolist()
+    buckets = [[64, 64] if wide else [64, 128] for wide in draws.random(count) < 0.3]
+    keys = [f"{n:03}" for n in range(count)]
+    blocks = blocks_by_bucket(pa.table({"key": keys, "source": sources, "bucket": pair_column(buckets)}), 16)
+    seen = []
+    for block in blocks:
+        rows = block.to_pylist()
+        (bucket,) = {tuple(row["bucket"]) for row in rows}
+        for unit in {row["unit"] for row in rows}:
+            members = [row for row in rows if row["unit"] == unit]
+            assert unit.startswith(f"{bucket[0]}x{bucket[1]}/")
+            assert len({row["source"] for row in members}) == 1
+            assert {row["unit_rows"] for row in members} == {len(members)}
+        seen += [(bucket, row["source"], row["key"]) for row in rows]
+    assert seen == sorted(zip(map(tuple, buckets), sources, keys, strict=True))
+    assert len(blocks) == sum(math.ceil(buckets.count(bucket) / 16) for bucket in ([64, 64], [64, 128]))
+    assert len({row["unit"] for block in blocks for row in block.to_pylist()}) <= len(blocks) + 2 * 2

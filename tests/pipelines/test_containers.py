@@ -260,7 +260,7 @@ def weighed(config: SourceConfig) -> list[dict[str, float]]:
 )
 def test_a_tables_row_may_have_a_list_of_captions_and_one_of_weights(tmp_path, kind, saved):
     captions = [[" a cat ", "a pet"], [None, "left"], None, ["same", "same"], ["never", "ever"], ["alike", "too"]]
-    weights = [[3, 1], [5, 2], None, [1, 1], [0, 1], None]
+    weights = [[3, 1], [5, 2], [9], [1, 1], [0, 1], None]
     columns = {
         "image": [b"x"] * 6,
         "captions": pa.array(captions, kind(pa.string())),

@@ -10,22 +10,24 @@ from PIL import Image
 
 from model.config import TEXT_PRESETS
 from model.text import tokenize
-from pipelines import networks
+from pipelines import images, networks
 from pipelines.config import CropConfig, SourceConfig, TextWeightsConfig, WeightsConfig
 from pipelines.images import content_id, crop_pixels, draw_crop
 from pipelines.originals import Originals
 from pipelines.preprocess.config import EncodeConfig
-from pipelines.preprocess.encode import PIXELS, Encoder, crop_images
+from pipelines.preprocess.crop import PIXELS, crop_images, rows_of_crops
+from pipelines.preprocess.encode import Encoder
 from pipelines.preprocess.pipeline import _check_text_fits
 from pipelines.preprocess.write import FAILURE, cut, keys_of, stored, write_units
 from pipelines.schema import INDEX_SCHEMA, latents_schema, tensor_array
-from pipelines.storage import Storage, StorageOptions
+from pipelines.storage import Storage, StorageError, StorageOptions
 
 BUCKET = (16, 24)
 CROP = CropConfig(flip_chance=0.5, seed=3)
 VAE, TEXT = WeightsConfig(preset="tiny", seed=1), TextWeightsConfig(preset="tiny", seed=2)
 LATENT = (4, BUCKET[0] // 4, BUCKET[1] // 4)
 SHAPES = (LATENT, (77, 96), (64,))
+COUNTED = ("vae_slots", "vae_slots_filled", "captions", "captions_encoded")
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def originals(source: Storage) -> Originals:
     return Originals([SourceConfig(path=source.uri)], source.options)
 
 
-def kept(source: Storage, captions: list[str | list[str]]) -> pa.Table:
+def kept(source: Storage, captions: list[str | list[str]], crops: int = 1) -> pa.Table:
     """One unit of index rows, as the latents stage receives it; an image has one caption, or a list of them."""
     rows = []
     for number, caption in enumerate(captions):
@@ -62,7 +64,8 @@ def kept(source: Storage, captions: list[str | list[str]]) -> pa.Table:
         rows.append(known | sizes)
     columns = [name for name in INDEX_SCHEMA.names if name not in ("file_size", "reject_reason", "reject_detail")]
     schema = pa.schema([INDEX_SCHEMA.field(name) for name in columns])
-    (unit,) = cut(pa.Table.from_pylist(rows, schema), len(rows), {"16x24": pa.array([True] * len(rows))})
+    kept = rows_of_crops(pa.Table.from_pylist(rows, schema), crops)
+    (unit,) = cut(kept, kept.num_rows, "16x24")
     return unit
 
 
@@ -79,6 +82,29 @@ def test_a_crop_travels_with_its_true_conditioning(source):
         assert row[PIXELS] == crop_pixels(picture(number), BUCKET, top_left, flip).tobytes()
 
 
+def test_each_crop_of_an_image_is_a_row_drawn_by_its_number_and_the_image_is_decoded_once(source, monkeypatch):
+    opened = []
+    read = images.decode_reduced
+    monkeypatch.setattr(images, "decode_reduced", lambda *given: opened.append(given) or read(*given))
+    one, three = (kept(source, ["a", "b"], crops) for crops in (1, 3))
+    assert three.column("crop").to_pylist() == [0, 1, 2] * 2
+    keys = three.column("key").to_pylist()
+    assert (keys[::3], len(set(keys))) == (one.column("key").to_pylist(), 6)
+    assert kept(source, ["a", "b"], 2).column("key").to_pylist() == [*keys[:2], *keys[3:5]]
+    found = crop_images(three, originals(source), CROP, 10_000).to_pylist()
+    assert len(opened) == 2
+    for row in found:
+        draw = row["id"] if row["crop"] == 0 else f"{row['id']} crop {row['crop']}"
+        number = int(row["path"][0])
+        top_left, flip = draw_crop((20 + number, 50), BUCKET, CROP, draw)
+        assert (tuple(row["crop_top_left"]), row["flip"]) == (top_left, flip)
+        assert row[PIXELS] == crop_pixels(picture(number), BUCKET, top_left, flip).tobytes()
+    assert len({(row["path"], *row["crop_top_left"], row["flip"]) for row in found}) > 2
+    source.delete("1.png")
+    failed = [row["crop"] for row in crop_images(three, originals(source), CROP, 10_000).to_pylist() if row[FAILURE]]
+    assert failed == [0, 1, 2]
+
+
 def test_an_image_that_changed_or_went_is_a_failure_and_the_others_are_not(source):
     unit = kept(source, ["a", "b", "c"])
     source.write("0.png", source.read("1.png"))
@@ -88,6 +114,17 @@ def test_an_image_that_changed_or_went_is_a_failure_and_the_others_are_not(sourc
     assert second is None
     assert "2.png" in third
     assert source.root not in third
+
+
+def test_a_failing_storage_ends_the_job_and_is_no_failure_of_an_image(source, monkeypatch):
+    unit = kept(source, ["a"])
+
+    def fail(*_: object) -> bytes:
+        raise StorageError("connection reset")
+
+    monkeypatch.setattr(Originals, "read", fail)
+    with pytest.raises(StorageError):
+        crop_images(unit, originals(source), CROP, 10_000)
 
 
 def test_rows_are_encoded_as_one_image_and_one_caption_at_a_time_would_be(source, encoder):
@@ -116,14 +153,26 @@ def test_rows_are_encoded_as_one_image_and_one_caption_at_a_time_would_be(source
     assert not np.array_equal(context[0], context[1])
 
 
-def test_an_image_of_several_captions_has_the_text_of_each_and_distinct_ones_are_encoded_once(source, encoder):
+def test_an_image_of_several_captions_has_the_text_of_each_and_distinct_ones_are_encoded_once(source):
+    encoder = Encoder(VAE, TEXT, EncodeConfig(batch=2, text_batch=2), StorageOptions())
     captions = [["a cat", "a pet"], ["a dog"], ["a pet", "a dog", "a beast"]]
     seen: list[int] = []
     with encoder.text.register_forward_hook(lambda layer, tokens, features: seen.append(len(features.pooled))):
         latents = encoder(crop_images(kept(source, captions), originals(source), CROP, 10_000))
     assert sum(seen) == 4
+    assert [sum(latents.column(f"unit_count_{name}").to_pylist()) for name in COUNTED] == [4, 3, 6, 4]
     assert latents.column("captions").to_pylist() == captions
-    alone = encoder(crop_images(kept(source, ["a cat", "a pet", "a dog", "a beast"]), originals(source), CROP, 10_000))
+    seen.clear()
+    with encoder.text.register_forward_hook(lambda layer, tokens, features: seen.append(len(features.pooled))):
+        again = encoder(crop_images(kept(source, captions), originals(source), CROP, 10_000))
+        encoder.known.popitem(last=False)
+        encoder(crop_images(kept(source, captions), originals(source), CROP, 10_000))
+    assert seen == [1]  # the encoder knew all of them, and then all but one
+    assert again.column("context").equals(latents.column("context"))
+    forgetful = Encoder(VAE, TEXT, EncodeConfig(text_batch=1, kept_captions=2), StorageOptions())
+    texts = ["a cat", "a pet", "a dog", "a beast"]
+    alone = forgetful(crop_images(kept(source, texts), originals(source), CROP, 10_000))
+    assert len(forgetful.known) == 2
     for name in ("context", "pooled"):
         assert [len(texts) for texts in latents.column(name).to_pylist()] == [2, 1, 3]
         np.testing.assert_allclose(

@@ -394,7 +394,7 @@ def test_a_truncated_file_is_an_error_though_it_is_reduced(share):
         decode_reduced(data[: int(share * len(data))], MAX_PIXELS, (20, 20))
 
 
-def test_a_flip_mirrors_the_crop_left_to_right():
+def test_a_flip_mirrors_the_image_and_the_crop_is_counted_from_the_mirrors_left():
     image = Image.fromarray(noise(30, 50))
-    plain = crop_pixels(image, (16, 24), (0, 2), False)
-    assert np.array_equal(crop_pixels(image, (16, 24), (0, 2), True), plain[:, ::-1])
+    mirrored = Image.fromarray(np.ascontiguousarray(resize(image, (16, 27))[:, ::-1]))
+    assert np.array_equal(crop_pixels(image, (16, 24), (0, 2), True), np.asarray(mirrored)[:, 2:26])

@@ -137,6 +137,7 @@ def test_the_latents_schema_survives_parquet_with_its_shapes(dataset):
         "captions": [["c"], ["d", "e"]],
         "caption_weights": pa.array([[1.0], [0.25, 0.75]], WEIGHTS),
         "original_size": pa.array([[1, 2], [3, 4]], LATENTS.field("original_size").type),
+        "crop": pa.array([0, 1], pa.int32()),
         "crop_top_left": pa.array([[0, 1], [2, 0]], LATENTS.field("crop_top_left").type),
         "target_size": pa.array([[8, 8], [8, 8]], LATENTS.field("target_size").type),
         "flip": [True, False],

@@ -353,6 +353,9 @@ def test_several_columns_may_have_captions_each_with_a_weight(folder):
     )
     rows = read(folder, caption={"long": 3.0, "short": 1.0})
     assert weighed(rows) == [{"very long": 1.5, "longer": 1.5, "brief": 1}, {"[photo] only": 1}, {"same": 4}]
+    csv(folder, 'file_name,long,odds\na.png,"[""x"", ""y""]","[1, 3]"\nb.png,z,2.5\nc.png,,7\n')
+    assert weighed(read(folder, caption="long", caption_weights="odds")) == [{"x": 1, "y": 3}, {"z": 2.5}, {}]
+    csv(folder, "file_name,long,short\na.png,x,y\n")
     with pytest.raises(ValueError, match=r"source.columns.caption.alt is 'alt', and there is only file_name, long"):
         read(folder, caption={"long": 1.0, "alt": 1.0})
     with pytest.raises(ValueError, match=r"source.columns.caption_weights is 'odds', and there is only file_name"):

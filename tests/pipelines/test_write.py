@@ -86,18 +86,8 @@ def test_a_units_name_is_its_keys():
     assert [unit.column(UNIT)[0].as_py() for unit in cut(rows(*"cdab"), 2)] == names[::-1]
 
 
-def test_groups_never_share_a_unit():
-    table = rows(*"abcdefg")
-    mask = pa.array([key in "aceg" for key in "abcdefg"])
-    other = pa.array([key not in "aceg" for key in "abcdefg"])
-    units = cut(table, 3, {"8x8": mask, "8x16": other})
-    found = [(unit.column(UNIT)[0].as_py().partition("/")[0], unit.column("key").to_pylist()) for unit in units]
-    assert found == [("8x8", list("ace")), ("8x8", ["g"]), ("8x16", list("bdf"))]
-
-
 def test_nothing_is_cut_into_nothing():
     assert cut(rows(), 3) == []
-    assert cut(rows(), 3, {}) == []
 
 
 def test_a_unit_becomes_one_file_without_the_columns_of_its_journey(dataset):
@@ -125,6 +115,7 @@ def with_failures(unit: pa.Table, failures: dict[str, str]) -> pa.Table:
     keys = unit.column("key").to_pylist()
     unit = unit.append_column("path", pa.array([f"{key}.png" for key in keys]))
     unit = unit.append_column("source", pa.array(["s"] * len(keys)))
+    unit = unit.append_column("crop", pa.array(range(len(keys)), pa.int32()))
     return unit.append_column(FAILURE, pa.array([failures.get(key) for key in keys], pa.string()))
 
 
@@ -132,10 +123,10 @@ def test_failed_rows_are_reported_and_not_written(dataset):
     (unit,) = cut(rows(*"abc"), 3)
     report = write_units(with_failures(unit, {"b": "broken"}), dataset, FOLDER, None).to_pylist()
     assert [(line["rows"], line["failures"]) for line in report] == [
-        (2, [{"source": "s", "path": "b.png", "failure": "broken"}])
+        (2, [{"source": "s", "path": "b.png", "crop": 1, "failure": "broken"}])
     ]
     (file,) = dataset.list()
-    assert dataset.read_table(file.name).equals(rows(*"ac"))
+    assert dataset.read_table(file.name, ["key", "value"]).equals(rows(*"ac"))
 
 
 def test_a_unit_that_failed_whole_leaves_no_file(dataset):

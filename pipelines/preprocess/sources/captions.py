@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,13 @@ class ToldCaptions:
         self._texts: list[str | None] = []
         self._weights: list[float] = []
 
-    def add(self, row: Mapping[str, Any], where: str) -> None:
+    def add(self, row: Mapping[str, Any], where: str, numbers_are_text: bool) -> None:
         """Take one image's. Raises ValueError for what is no text, and for weights that do not fit."""
         for column, weight in self._columns.items():
             texts = [_text(value, column, where) for value in _several(row.get(column))]
             weights = [weight / max(1, len(texts) - texts.count(None))] * len(texts)
-            if self._weights_column is not None and (given := _several(row.get(self._weights_column))):
-                weights = [_weight(value, self._weights_column, where) for value in given]
+            if texts and self._weights_column and (given := _several(row.get(self._weights_column))):
+                weights = [_weight(value, self._weights_column, where, numbers_are_text) for value in given]
             if len(weights) != len(texts):
                 raise ValueError(f"{where}: {column} has {len(texts)}, and {self._weights_column} {len(weights)}")
             self._places += [self._count] * len(texts)
@@ -97,9 +98,12 @@ def cast(column: pa.ChunkedArray, kind: pa.DataType, name: str, where: str) -> p
 def _given_weights(
     table: pa.Table, name: str, counts: np.ndarray, column: str, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(how many each row has [N], all of them [M]) of the weights in a column, for `counts` captions of each row."""
+    """(how many each row has [N], all of them [M]) of the weights in a column, for `counts` captions of each row.
+
+    Rows without captions, and single numbers that are null, have none.
+    """
     places, values = flat(table.column(name), pa.float64(), name, where)
-    there = pc.is_valid(values).to_numpy(zero_copy_only=False)
+    there = pc.is_valid(values).to_numpy(zero_copy_only=False) & (counts[places] > 0)
     places, numbers = places[there], values.to_numpy(zero_copy_only=False)[there]
     told = np.bincount(places, minlength=len(counts))
     if len(bad := np.flatnonzero((told != counts) & (told > 0))):
@@ -124,7 +128,10 @@ def _text(value: Any, column: str, where: str) -> str | None:
     return text
 
 
-def _weight(value: Any, column: str, where: str) -> float:
+def _weight(value: Any, column: str, where: str, is_text: bool) -> float:
+    if is_text and isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ValueError(f"{where}: {column} holds {value!r}, and weights are numbers, 0 or more")
     return float(value)

@@ -43,7 +43,7 @@ class Records:
 
     def add(self, row: Mapping[str, Any], where: str, numbers_are_text: bool = False) -> None:
         """Take one. Raises ValueError for a score that is no number, and for what is no caption."""
-        self._captions.add(row, where)
+        self._captions.add(row, where, numbers_are_text)
         for name, column in self._scores.items():
             self._numbers[name].append(_number(row.get(column), column, where, numbers_are_text))
 

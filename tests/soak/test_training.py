@@ -9,6 +9,7 @@ names its seed and all kills.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -40,6 +41,8 @@ class Soak:
     """One run of the loop."""
 
     random: random.Random
+    until: float = math.inf
+    """When the last process is killed, by the monotonic clock: what is left then comes to its end."""
     kills: list[str] = field(default_factory=list)
 
     def train(self, demo: Demo, output: Storage, options: list[str], most_kills: int) -> None:
@@ -50,7 +53,7 @@ class Soak:
         while True:
             with open(demo.root / "driver.log", "ab") as log:
                 driver = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
-            while left and driver.poll() is None:
+            while left and driver.poll() is None and time.monotonic() < self.until:
                 left -= self._kill(driver, output)
             if driver.wait(300) == 0:
                 return
@@ -73,6 +76,7 @@ class Soak:
             driver.wait()
         caught = " with a checkpoint unfinished" if unfinished(output) else ""
         self.kills.append(f"{victim}{caught} at {newest(output)} images")
+        print(self.kills[-1], flush=True)
         return True
 
 
@@ -111,8 +115,8 @@ def test_training_that_is_killed_at_random_ends_with_the_weights_of_an_unbroken_
         return load(output.read("weights.safetensors"))
 
     unbroken = run("unbroken", f"{tmp_path}/unbroken/base", 0)
-    begun, seconds = time.monotonic(), 60 * pytestconfig.getoption("--soak")
-    while time.monotonic() - begun < seconds:
+    soak.until = time.monotonic() + 60 * pytestconfig.getoption("--soak")
+    while time.monotonic() < soak.until:
         name = f"run{runs}"
         uri = f"s3://{s3.bucket}/{seed}/{name}" if runs % 2 else f"{tmp_path}/{name}/base"
         weights = run(name, uri, MOST_KILLS)

@@ -34,6 +34,7 @@ from pipelines.config import (
     Count,
     CropConfig,
     Positive,
+    RetentionConfig,
     SourceConfig,
     StageResources,
     TextWeightsConfig,
@@ -397,6 +398,27 @@ class PlanJob(Job):
                 raise ValueError(f"stages.{number}.images_seen: is {stage.images_seen} for {stage.kind!r}")
             if stage.resolution % 64:
                 raise ValueError(f"stages.{number}.resolution: {stage.resolution} is not a multiple of 64")
+        return self
+
+
+class CleanJob(Job):
+    """Find what nothing needs any more, and remove it if told to. Needs no Ray, and starts none."""
+
+    datasets: tuple[str, ...] = ()
+    """Folders of indexes and latents, local or s3://."""
+    runs: tuple[str, ...] = ()
+    """Outputs of training runs; the versions of datasets that they read stay."""
+    pictures: tuple[str, ...] = ()
+    """Outputs of jobs.generate. They have no lease: give none that is being written."""
+    keep: RetentionConfig = Field(default_factory=RetentionConfig)
+    """What stays."""
+    apply: bool = False
+    """Whether to remove what is found; it is listed otherwise."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.datasets or self.runs or self.pictures):
+            raise ValueError("datasets, runs, pictures: name at least one folder")
         return self
 
 

@@ -188,6 +188,19 @@ class LPIPSWeightsConfig:
     """Whether pickles are read, as which both are published. Only tensors are taken from one, and no code is run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RetentionConfig:
+    """What is kept of what nothing needs at once."""
+
+    versions: Count = 3
+    """Newest versions of a dataset, the current one among them. A training reads the version that it started from."""
+    checkpoints: Count = 2
+    """Newest checkpoints of a run."""
+    older_than_hours: Annotated[float, Ge(0)] = 24.0
+    """Hours since a file was written, or a version replaced, before it may go: a killed run's finished files save the
+    next one work."""
+
+
 EXPERIMENTS: Mapping[str, str] = {
     stage: f"sdxl-{stage}" for stage in ("index", "latents", "vae", "base", "refiner", "generate", "evaluate")
 }

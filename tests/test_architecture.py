@@ -8,6 +8,7 @@ import pytest
 
 from jobs.cli import load
 from jobs.config import (
+    CleanJob,
     DemoJob,
     EvaluateJob,
     ExportJob,
@@ -33,6 +34,7 @@ JOBS = {  # by the beginning of the file's name
     "export": ExportJob,
     "demo": DemoJob,
     "plan": PlanJob,
+    "clean": CleanJob,
 }
 
 

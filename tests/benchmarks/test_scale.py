@@ -30,24 +30,25 @@ TENSORS = {"latent_mean": (4, 2, 2), "latent_std": (4, 2, 2), "context": (2, 4),
 
 @pytest.mark.parametrize("rows", SIZES)
 def test_the_driver(rows: int, tmp_path: Path) -> None:
+    run("make_driver", rows, tmp_path)
     show(f"driver, {rows:,} rows", rows, run("driver", rows, tmp_path))
+    show(f"worker of the VAE, {rows:,} rows", rows, run("images", rows, tmp_path))
 
 
 @pytest.mark.parametrize("rows", LOADED)
 def test_a_loaders_worker(rows: int, tmp_path: Path) -> None:
+    run("make_worker", rows, tmp_path)
     show(f"worker, {rows:,} rows", rows, run("worker", rows, tmp_path))
 
 
 def run(part: str, rows: int, folder: Path) -> list[dict[str, Any]]:
-    root = Path(__file__).parent.parent.parent
-    for task in (f"make_{part}", part):
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.benchmarks.test_scale", task, str(rows), str(folder)],
-            cwd=root,
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.test_scale", part, str(rows), str(folder)],
+        cwd=Path(__file__).parent.parent.parent,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -146,7 +147,6 @@ def driver(rows: int, folder: Path) -> list[dict[str, Any]]:
     from pipelines.preprocess import pipeline
     from pipelines.preprocess.config import FilterConfig
     from pipelines.storage import Storage
-    from pipelines.train.batches import images_by_bucket
 
     pipeline._folder = lambda fingerprint: "data/x"  # type: ignore[assignment]
     index, told, step = Storage(str(folder / "index")), setting(folder), Steps()
@@ -161,7 +161,19 @@ def driver(rows: int, folder: Path) -> list[dict[str, Any]]:
     step("the index job: another threshold", lambda: build(min_side=500), lambda made: f"{made.counts['kept']:,} kept")
     step("the index job: near-duplicates", lambda: build(near_duplicate_bits=3), lambda made: str(dict(made.counts)))
     planning(step, index, manifest)
-    step("images by bucket, as each worker of the VAE has them", lambda: images_by_bucket(index, manifest))
+    return step.found
+
+
+def images(rows: int, folder: Path) -> list[dict[str, Any]]:
+    from pipelines.schema import require_manifest
+    from pipelines.storage import Storage
+    from pipelines.train.batches import images_by_bucket
+
+    index, step = Storage(str(folder / "index")), Steps()
+    manifest = require_manifest(index, "index")
+    held = step("images by bucket", lambda: images_by_bucket(index, manifest), lambda found: f"{len(found)} groups")
+    bytes_held = sum(table.nbytes for _, table in held)
+    step("what stays of it", lambda: None, lambda _: f"{bytes_held / rows:.0f} bytes a row in columns")
     return step.found
 
 
@@ -281,5 +293,5 @@ def worker(rows: int, folder: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    parts = {part.__name__: part for part in (make_driver, driver, make_worker, worker)}
+    parts = {part.__name__: part for part in (make_driver, driver, images, make_worker, worker)}
     print(json.dumps(parts[sys.argv[1]](int(sys.argv[2]), Path(sys.argv[3]))))

@@ -25,7 +25,10 @@ from pipelines.config import (
     all_sources,
 )
 from pipelines.evaluate.config import OVERLAPS_PER_TILE, GenerateConfig
-from pipelines.preprocess.config import EncodeConfig, ScoreLimits
+from pipelines.preprocess.config import EncodeConfig, ScoreLimits, ScoringConfig
+
+SIMILARITY = "clip_similarity"  # the score that is computed of image and caption
+LOCAL_MODEL, SAFETENSORS = "local-dir:", ".safetensors"
 
 
 def check_preset(key: str, name: str, presets: Iterable[str]) -> None:
@@ -50,13 +53,19 @@ def check_sources(prefix: str, source: SourceConfig | None, sources: Sequence[So
             )
 
 
-def check_scores(key: str, limits: Mapping[str, ScoreLimits], sources: Sequence[SourceConfig]) -> None:
-    """Limits are set on scores that a source has, and leave something between them."""
+def check_scores(
+    key: str, limits: Mapping[str, ScoreLimits], sources: Sequence[SourceConfig], computed: bool = False
+) -> None:
+    """Limits are set on scores that a source has or that are computed, and leave something between them."""
     named = [name for source in sources for name in source.columns.scores]
     if DEFAULT_SCORE in named:
         raise ValueError(f"source.columns.scores.{DEFAULT_SCORE}: set source.columns.{DEFAULT_SCORE} instead")
-    there = [DEFAULT_SCORE, *dict.fromkeys(named)]
+    if SIMILARITY in named:
+        raise ValueError(f"source.columns.scores.{SIMILARITY}: is the name of the computed score; give it another")
+    there = [DEFAULT_SCORE, *([SIMILARITY] if computed else []), *dict.fromkeys(named)]
     for name, limit in limits.items():
+        if name == SIMILARITY and not computed:
+            raise ValueError(f"{key}.{name}: is computed where scoring names a CLIP model, and it names none")
         if name not in there:
             raise ValueError(f"{key}.{name}: source.columns names no such score; there is {', '.join(there)}")
         if limit.min is not None and limit.max is not None and limit.min > limit.max:
@@ -78,6 +87,27 @@ def check_encode(encode: EncodeConfig, crop: CropConfig) -> None:
     fewest, most = encode.resources.workers
     if fewest > most:
         raise ValueError(f"encode.resources.workers: at least {fewest} and at most {most}")
+
+
+def check_scoring(key: str, scoring: ScoringConfig | None) -> None:
+    """Weights are named by a path, and none is a pickle that nobody asked for."""
+    if scoring is None:
+        return
+    in_folder = scoring.model.startswith(LOCAL_MODEL)
+    if in_folder == (scoring.weights is not None):
+        raise ValueError(
+            f"{key}.weights: name the file of the weights, or {LOCAL_MODEL}FOLDER as {key}.model, and not both"
+        )
+    if scoring.weights is not None and not scoring.weights.endswith(SAFETENSORS) and not scoring.allow_pickle:
+        raise ValueError(
+            f"{key}.weights: {scoring.weights!r} is no {SAFETENSORS} file; set {key}.allow_pickle to take a pickle's "
+            "tensors"
+        )
+    if scoring.aesthetic_head is not None and not scoring.aesthetic_head.endswith(SAFETENSORS):
+        raise ValueError(f"{key}.aesthetic_head: {scoring.aesthetic_head!r} is no {SAFETENSORS} file; convert it first")
+    fewest, most = scoring.resources.workers
+    if fewest > most:
+        raise ValueError(f"{key}.resources.workers: at least {fewest} and at most {most}")
 
 
 def check_text(key: str, text: TextWeightsConfig) -> None:

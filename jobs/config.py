@@ -16,6 +16,7 @@ from jobs.checks import (
     check_preset,
     check_sampling,
     check_scores,
+    check_scoring,
     check_sources,
     check_text,
     check_timesteps,
@@ -43,7 +44,7 @@ from pipelines.config import (
     all_sources,
 )
 from pipelines.evaluate.config import EvaluateConfig, GenerateConfig, ReconstructConfig
-from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig
+from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig, ScoringConfig
 from pipelines.storage import StorageOptions
 from pipelines.train.config import (
     BatchConfig,
@@ -96,6 +97,8 @@ class PreprocessJob(Job):
     """Folder of the latents dataset; needed by the latents stage."""
     filters: FilterConfig = Field(default_factory=FilterConfig)
     """What is rejected."""
+    scoring: ScoringConfig | None = None
+    """The networks whose scores the index stage computes; None computes none."""
     alerts: AlertConfig = Field(default_factory=AlertConfig)
     """When the index stage asks for a person."""
     buckets: BucketConfig = Field(default_factory=BucketConfig)
@@ -130,7 +133,8 @@ class PreprocessJob(Job):
         if not bucket_table(self.buckets):
             raise ValueError("buckets.table: has no size")
         check_sources("", self.source, self.sources)
-        check_scores("filters.scores", self.filters.scores, self.all_sources)
+        check_scoring("scoring", self.scoring)
+        check_scores("filters.scores", self.filters.scores, self.all_sources, computed=self.scoring is not None)
         check_preset("vae.preset", self.vae.preset, VAE_PRESETS)
         if "latents" in self.stages:
             check_text("text", self.text)

@@ -66,6 +66,9 @@ def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> str | None:
             resources = job.encode.resources
             if stage == "latents" and resources.gpus:
                 check_resources(job, "encode.resources", GPU=resources.gpus * resources.workers[0])
+            if stage == "index" and job.scoring is not None and job.scoring.resources.gpus:
+                resources = job.scoring.resources
+                check_resources(job, "scoring.resources", GPU=resources.gpus * resources.workers[0])
 
         begun = time.perf_counter()
         try:
@@ -102,6 +105,7 @@ def _build(job: PreprocessJob, stage: str, held: Lease, begin: Callable[[], None
             resources=job.tasks,
             alerts=job.alerts,
             begin=begin,
+            scoring=job.scoring,
         )
     return build_latents(
         vae=job.vae,

@@ -32,6 +32,7 @@ JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=Fals
 ROWS_AT_A_TIME = 65_536  # that are in memory as Python values
 SCHEMA_VERSION = 4  # raised when a column changes its meaning; part of every fingerprint
 MANIFEST = "manifest.json"
+COMPUTED = "computed_scores"  # fact of an index: the folder of the scores that its verdicts were made with
 
 
 class Column(StrEnum):
@@ -53,6 +54,7 @@ class Column(StrEnum):
     BUCKET = "bucket"  # (height, width) in pixels
     AESTHETIC_SCORE = "aesthetic_score"  # null where the source has none
     SCORES = "scores"  # further scores that the source has, by name
+    CLIP_SIMILARITY = "clip_similarity"  # cosine of image and caption; computed, in files beside the index
     FILE_SIZE = "file_size"  # bytes of the image as it is stored; -1 where there is none
     DISTINCT_PIXELS = "distinct_pixels"  # distinct pixel values of the image; 256 stands for all above
     CONTRAST = "contrast"  # standard deviation of brightness, of 255, over a thumbnail of 32 x 32
@@ -332,6 +334,8 @@ def kept_rows(index: Storage, manifest: Manifest) -> pa.Table:
     names = [file.name for file in data_files(index, manifest)]
     kept = [_kept(rows) for rows in index.read_tables(names, columns)]
     rows = pa.concat_tables(kept or [_kept(INDEX_SCHEMA.empty_table().select(columns))])
+    if COMPUTED in manifest.facts:
+        rows = with_computed(rows, index, manifest.facts[COMPUTED]).drop_columns([Column.CLIP_SIMILARITY])
     return _with(rows, Column.KEY, row_digests(rows.select(LATENTS_IDENTITY))).sort_by(Column.KEY)
 
 
@@ -345,3 +349,16 @@ def _kept(rows: pa.Table) -> pa.Table:
 
 def _with(rows: pa.Table, name: Column, values: pa.Array) -> pa.Table:
     return rows.set_column(rows.schema.get_field_index(name), INDEX_SCHEMA.field(name), values)
+
+
+def with_computed(rows: pa.Table, index: Storage, folder: str) -> pa.Table:
+    """Index rows with clip_similarity, and aesthetic_score where it is null, from the files of computed scores."""
+    columns = [Column.KEY, Column.CLIP_SIMILARITY, Column.AESTHETIC_SCORE]
+    tables = list(index.read_tables([file.name for file in index.list(folder)], columns))
+    if not tables:
+        return rows.append_column(Column.CLIP_SIMILARITY, pa.nulls(rows.num_rows, pa.float32()))
+    computed = pa.concat_tables(tables)
+    computed = computed.take(pc.index_in(rows.column(Column.KEY), value_set=computed.column(Column.KEY)))
+    aesthetic = pc.coalesce(rows.column(Column.AESTHETIC_SCORE), computed.column(Column.AESTHETIC_SCORE))
+    rows = _with(rows, Column.AESTHETIC_SCORE, aesthetic)
+    return rows.append_column(Column.CLIP_SIMILARITY, computed.column(Column.CLIP_SIMILARITY))

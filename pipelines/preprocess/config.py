@@ -50,7 +50,8 @@ class FilterConfig:
     max_caption_characters: Count = 1_000_000
     """Longest caption, after white space is stripped. The text encoders see its first 75 tokens."""
     scores: Mapping[str, ScoreLimits] = field(default_factory=dict)
-    """Limits by score: "aesthetic_score", or a name of the source's columns.scores, e.g. {watermark = {max = 0.5}}."""
+    """Limits by score: "aesthetic_score", "clip_similarity" where it is computed, or a name of the source's
+    columns.scores, e.g. {watermark = {max = 0.5}}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,34 @@ class EncodeConfig:
     the images that do so are reported by name and left out."""
     resources: StageResources = field(default_factory=StageResources)
     """One encoder process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """Scores that the index stage computes, from weights that a person names. filters.scores has their limits.
+
+    clip_similarity is the cosine of the embeddings of image and caption, -1 to 1, of several captions the best one's
+    (LAION-400M kept 0.3 and more).
+    aesthetic_score, which the refiner is conditioned on, is computed for the images whose source has none.
+    """
+
+    model: str
+    """open_clip's name of the CLIP model, as "ViT-L-14", or local-dir:FOLDER with its configuration and weights."""
+    weights: str | None = None
+    """File of its weights, local or s3://; None where the model is a local-dir."""
+    aesthetic_head: str | None = None
+    """A .safetensors file, local or s3://, with one linear layer, weight [1, D] and bias [1], on the normalized image
+    embedding; None computes no aesthetic score."""
+    allow_pickle: bool = False
+    """Whether the CLIP weights may be a pickle. Only tensors are taken from one, and no code is run."""
+    rows_per_file: Count = 256
+    """Images per task and per Parquet file of scores."""
+    batch: Count = 32
+    """Images in one pass."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type the CLIP model computes in."""
+    resources: StageResources = field(default_factory=StageResources)
+    """One scoring process."""
 
 
 @dataclass(frozen=True, kw_only=True)

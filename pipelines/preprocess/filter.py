@@ -172,9 +172,8 @@ def _first_score(
     rejected: pa.ChunkedArray = pa.chunked_array([pa.repeat(False, index.num_rows)])
     detail: pa.ChunkedArray | pa.Scalar = pa.scalar(None, pa.string())
     for name, limits in config.scores.items():
-        column = index.column(Column.SCORES)
-        own = name == Column.AESTHETIC_SCORE
-        score = index.column(Column.AESTHETIC_SCORE) if own else pc.map_lookup(column, pa.scalar(name), "first")
+        own = name in {Column.AESTHETIC_SCORE, Column.CLIP_SIMILARITY}
+        score = index.column(name) if own else pc.map_lookup(index.column(Column.SCORES), pa.scalar(name), "first")
         found, words = check(score, limits, f"filters.scores.{name}")
         detail = pc.if_else(rejected, detail, words)
         rejected = pc.or_(rejected, pc.fill_null(found, False))

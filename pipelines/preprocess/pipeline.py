@@ -21,10 +21,10 @@ from pipelines.lease import Lease
 from pipelines.originals import Originals
 from pipelines.preprocess.alert import Change, change_of, judge
 from pipelines.preprocess.bucket import assign_buckets, blocks_by_bucket, bucket_table
-from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig
+from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig, ScoringConfig
 from pipelines.preprocess.crop import crop_images, rows_of_crops
 from pipelines.preprocess.encode import Encoder
-from pipelines.preprocess.filter import caption_counts, decide
+from pipelines.preprocess.filter import MEASURED, caption_counts, decide
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.sources.listing import (
     ERROR,
@@ -39,17 +39,18 @@ from pipelines.preprocess.write import (
     AMENDED,
     FAILURE,
     PAGE_BYTES,
-    Stored,
     collect_garbage,
     cut,
     keys_of,
     missing,
+    rows_of,
     select,
     stored,
     write_units,
 )
 from pipelines.progress import progress
 from pipelines.schema import (
+    COMPUTED,
     INDEX_SCHEMA,
     MANIFEST,
     SCHEMA_VERSION,
@@ -61,6 +62,7 @@ from pipelines.schema import (
     kept_rows,
     read_manifest,
     require_manifest,
+    with_computed,
     write_manifest,
 )
 from pipelines.stages import actors, attempt, dataset_of, tasks
@@ -124,6 +126,7 @@ def build_index(
     resources: StageResources,
     alerts: AlertConfig,
     begin: Callable[[], object],
+    scoring: ScoringConfig | None = None,
 ) -> Outcome:
     """Bring the index up to date with its sources: one row for every input, kept or with its reason.
 
@@ -161,7 +164,20 @@ def build_index(
         told = _run(stages, "index", new.num_rows)
     wanted, done = inputs.column(Column.KEY), new.num_rows
     del inputs, new, units  # the keys are enough from here on, and the rest takes much memory
-    manifest, change, look = _commit_index(held, folder, wanted, fingerprint, filters=filters, alerts=alerts)
+    facts: dict[str, str] = {}
+    if scoring is not None:
+        facts[COMPUTED] = _score(
+            scoring,
+            wanted,
+            told,
+            dataset=dataset,
+            folder=folder,
+            originals=Originals(sources, dataset.options),
+            max_pixels=filters.max_pixels,
+            resources=resources,
+            begin=begin,
+        )
+    manifest, change, look = _commit_index(held, folder, wanted, fingerprint, facts, filters=filters, alerts=alerts)
     forget_listings(surveys, dataset)
     return Outcome(manifest=manifest, done=done, told=told, change=change, look=look)
 
@@ -246,6 +262,42 @@ def _list_containers(containers: Sequence[Container], dataset: Storage, resource
         raise ValueError("\n  ".join(sorted(errors)[:SHOWN_ERRORS]))
 
 
+def _score(
+    scoring: ScoringConfig,
+    wanted: pa.ChunkedArray,
+    told: Told,
+    *,
+    dataset: Storage,
+    folder: str,
+    originals: Originals,
+    max_pixels: int,
+    resources: StageResources,
+    begin: Callable[[], object],
+) -> str:
+    """Score the images that these weights have not scored, and add to what tasks told; gives the scores' folder."""
+    from pipelines.preprocess.score import ASKED, Scorer, fingerprint
+
+    scores = f"scores/{digest(fingerprint(scoring, dataset.options))[:12]}"
+    known = keys_of(stored(dataset, scores))
+    unscored = wanted.filter(pc.invert(pc.is_in(wanted, value_set=known)))
+    rows = rows_of(dataset, stored(dataset, folder), unscored, ASKED)
+    unread = pc.is_in(rows.column(Column.REJECT_REASON), value_set=pa.array(MEASURED, pa.string()))
+    rows = rows.filter(pc.invert(unread))
+    if not rows.num_rows:
+        return scores
+    begin()
+    scorer = (scoring, originals, max_pixels, dataset.options)
+    stages = (
+        dataset_of(cut(rows, scoring.rows_per_file))
+        .map_batches(Scorer, fn_constructor_args=scorer, **actors(scoring.resources))
+        .map_batches(
+            partial(write_units, dataset=dataset, folder=scores, compression=INDEX_COMPRESSION), **tasks(resources)
+        )
+    )
+    _run(stages, "scores", rows.num_rows, told)
+    return scores
+
+
 def _folder(fingerprint: Mapping[str, Any]) -> str:
     """Where the data files of a fingerprint lie."""
     return f"data/{digest(fingerprint)[:12]}"
@@ -264,9 +316,9 @@ def _check_text_fits(units: Sequence[pa.Table], text: TextConfig) -> None:
         )
 
 
-def _run(stages: Dataset, label: str, rows: int) -> Told:
-    """Run the stages to their end."""
-    told, done = Told(), 0
+def _run(stages: Dataset, label: str, rows: int, told: Told | None = None) -> Told:
+    """Run the stages to their end; what their tasks tell is added to `told`."""
+    told, done = told or Told(), 0
     with progress(label, rows) as bar:
         for unit in stages.iter_rows():
             told.seconds.update(dict(unit["seconds"]))
@@ -289,6 +341,7 @@ def _commit_index(
     folder: str,
     wanted: pa.ChunkedArray,
     fingerprint: Mapping[str, Any],
+    facts: Mapping[str, str],
     *,
     filters: FilterConfig,
     alerts: AlertConfig,
@@ -296,7 +349,10 @@ def _commit_index(
     """Make exactly the inputs with the `wanted` keys the index, every verdict decided over all of them."""
     dataset = held.dataset
     have = stored(dataset, folder)
-    verdicts = decide(_facts(dataset, have, wanted), filters)
+    rows = rows_of(dataset, have, wanted, JUDGED)
+    if COMPUTED in facts:
+        rows = with_computed(rows, dataset, facts[COMPUTED])
+    verdicts = decide(rows, filters)
     reasons = verdicts.column(Column.REJECT_REASON)
     before = read_manifest(dataset, "index")
     committed = {file.name for file in data_files(dataset, before)} if before else set()
@@ -322,25 +378,9 @@ def _commit_index(
         counts=dict(sorted(counts.items())),
         fingerprint=fingerprint,
         parents={},
-        facts={"captions": caption_counts(verdicts)},
+        facts={**facts, "captions": caption_counts(verdicts)},
     )
     return manifest, change, look
-
-
-def _facts(dataset: Storage, have: Sequence[Stored], wanted: pa.ChunkedArray) -> pa.Table:
-    """What verdicts follow from, of each wanted key once. Files may hold one twice, when a run was killed between two
-    plans; measured again, it is the same row."""
-    places = pc.fill_null(pc.index_in(keys_of(have), value_set=wanted), -1).to_numpy()
-    first = np.zeros(len(places), bool)
-    first[np.unique(places, return_index=True)[1]] = True
-    first &= places >= 0
-    ends = np.cumsum([len(file.keys) for file in have], dtype=np.int64)
-    tables = dataset.read_tables([file.name for file in have], JUDGED)
-    facts = [
-        rows if take.all() else rows.filter(pa.array(take))
-        for rows, take in zip(tables, np.split(first, ends[:-1]), strict=False)  # no file, and one part: of nothing
-    ]
-    return pa.concat_tables(facts) if facts else INDEX_SCHEMA.empty_table().select(JUDGED)
 
 
 def _commit_latents(

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.schema import Column, DataFile, digest
+from pipelines.schema import INDEX_SCHEMA, Column, DataFile, digest
 from pipelines.storage import TABLE_READERS, Storage
 
 UNIT, UNIT_ROWS = "unit", "unit_rows"  # columns that travel with rows until they are written
@@ -96,7 +96,7 @@ def write_units(rows: pa.Table, dataset: Storage, folder: str, compression: str 
         failures: list[dict[str, Any]] = []
         if FAILURE in unit.column_names:
             failed = unit.filter(pc.is_valid(unit.column(FAILURE)))
-            failures = failed.select([Column.SOURCE, Column.PATH, Column.CROP, FAILURE]).to_pylist()
+            failures = failed.select([field.name for field in FAILED if field.name in failed.column_names]).to_pylist()
             unit = unit.filter(pc.is_null(unit.column(FAILURE))).drop_columns([FAILURE, Column.SOURCE, Column.PATH])
         if unit.num_rows:
             write_rows(unit.drop_columns(travelling), dataset, f"{folder}/{name}.parquet", compression)
@@ -151,6 +151,21 @@ def keys_of(files: Iterable[Stored]) -> pa.ChunkedArray:
 def missing(rows: pa.Table, have: Iterable[Stored]) -> pa.Table:
     """Those wanted rows whose keys are in no file yet."""
     return rows.filter(pc.invert(pc.is_in(rows.column(Column.KEY), value_set=keys_of(have))))
+
+
+def rows_of(dataset: Storage, have: Sequence[Stored], wanted: pa.ChunkedArray, columns: Sequence[str]) -> pa.Table:
+    """Columns of the stored index rows that have wanted keys, each key once. Files may hold one twice, when a run was
+    killed between two plans; measured again, it is the same row."""
+    places = pc.fill_null(pc.index_in(keys_of(have), value_set=wanted), -1).to_numpy()
+    first = np.zeros(len(places), bool)
+    first[np.unique(places, return_index=True)[1]] = True
+    first &= places >= 0
+    ends = np.cumsum([len(file.keys) for file in have], dtype=np.int64)
+    parts = zip(have, np.split(first, ends[:-1]), strict=False)  # without a file there is one part, of nothing
+    taken = [(file.name, take) for file, take in parts if take.any()]
+    tables = dataset.read_tables([name for name, _ in taken], columns)
+    found = [rows if take.all() else rows.filter(pa.array(take)) for rows, (_, take) in zip(tables, taken, strict=True)]
+    return pa.concat_tables(found) if found else INDEX_SCHEMA.empty_table().select(columns)
 
 
 def select(

@@ -28,6 +28,7 @@ STEPS, GLOBAL_SIZE = 200, 64
 TENSORS = {"latent_mean": (4, 2, 2), "latent_std": (4, 2, 2), "context": (2, 4), "pooled": (4,)}  # small: rows count
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("rows", SIZES)
 def test_the_driver(rows: int, tmp_path: Path) -> None:
     run("make_driver", rows, tmp_path)

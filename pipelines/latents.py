@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from pipelines.schema import Column, pair_array, tensor_shape
 from pipelines.storage import RangeReader, Storage
 
-TENSORS = (Column.LATENT_MEAN, Column.LATENT_STD, Column.CONTEXT, Column.POOLED)
-OF_CAPTIONS = (Column.CONTEXT, Column.POOLED)
+OF_CAPTIONS = (Column.CONTEXT, Column.POOLED, Column.TOKENS)
+TENSORS = (Column.LATENT_MEAN, Column.LATENT_STD, *OF_CAPTIONS)  # those of text, or their tokens
 PAIRS = (Column.ORIGINAL_SIZE, Column.CROP_TOP_LEFT, Column.TARGET_SIZE)
 MOST_BEFORE = 2**16  # bytes before the values of a column
 
@@ -37,8 +37,9 @@ class LatentFile:
         weights = table.column(Column.CAPTION_WEIGHTS).combine_chunks()
         self._chances = weights.flatten().to_numpy()
         self._captions = np.concatenate([[0], np.cumsum(weights.value_lengths().to_numpy())])  # before each row
-        self.shapes = {column: tensor_shape(parquet.schema_arrow, column) for column in TENSORS}
-        counts = {column: len(self._chances) if column in OF_CAPTIONS else table.num_rows for column in TENSORS}
+        there = [column for column in TENSORS if column in parquet.schema_arrow.names]
+        self.shapes = {column: tensor_shape(parquet.schema_arrow, column) for column in there}
+        counts = {column: len(self._chances) if column in OF_CAPTIONS else table.num_rows for column in there}
         self._starts = {
             column: _first_value(parquet, column, count, self.reader, name) for column, count in counts.items()
         }
@@ -48,7 +49,7 @@ class LatentFile:
         return self._chances[self._captions[row] : self._captions[row + 1]]
 
     def read_into(self, column: Column, row: int, caption: int, target: np.ndarray) -> None:
-        """Read one row's tensor, of one of its captions where it is of text, into `target`, contiguous float16."""
+        """Read one row's tensor, of one of its captions where it is of text, into `target`, contiguous."""
         place = self._captions[row] + caption if column in OF_CAPTIONS else row
         self.reader.read_into(target.reshape(-1).view(np.uint8).data, self._starts[column] + int(place) * target.nbytes)
 

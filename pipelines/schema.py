@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from model.config import CONTEXT_LENGTH
 from pipelines.captions import TEXTS, WEIGHTS, left
 from pipelines.storage import Storage
 
@@ -65,6 +66,7 @@ class Column(StrEnum):
     LATENT_STD = "latent_std"  # likewise
     CONTEXT = "context"  # float16 [77, channels], CLIP-L then bigG
     POOLED = "pooled"  # float16 [channels]
+    TOKENS = "tokens"  # uint16 [2, 77], ids of CLIP-L's and of bigG's tokens, in place of context and pooled
     CROP = "crop"  # number of the crop among those of its image, from 0
     CROP_TOP_LEFT = "crop_top_left"  # (top, left) in pixels of the resized image, or of its mirror image
     TARGET_SIZE = "target_size"  # (height, width) in pixels: the bucket
@@ -137,19 +139,29 @@ LATENTS_IDENTITY = (  # what a latents row is made of
 )
 
 
-def tensor_field(name: Column, shape: Sequence[int], several: bool = False) -> pa.Field:
-    """A column of float16 tensors of one shape, or of lists of them, as fixed-size bytes with the shape beside them.
+def tensor_field(name: Column, shape: Sequence[int], several: bool = False, dtype: str = "float16") -> pa.Field:
+    """A column of tensors of one shape, two bytes a number, or of lists of them: bytes, with the shape beside them.
 
     Arrow's own tensor columns read and write ten times slower; docs/decisions/ has the figures.
     """
     kind = pa.binary(2 * int(np.prod(shape)))
-    metadata = {"dtype": "float16", "shape": ",".join(map(str, shape))}
+    metadata = {"dtype": dtype, "shape": ",".join(map(str, shape))}
     listed = pa.list_(pa.field("element", kind, nullable=False))
     return pa.field(name, listed if several else kind, nullable=False, metadata=metadata)
 
 
-def latents_schema(latent: Sequence[int], context: Sequence[int], pooled: Sequence[int]) -> pa.Schema:
-    """The schema of a latents file, for tensors of these shapes (without the dimensions of rows and captions)."""
+def latents_schema(
+    latent: Sequence[int], context: Sequence[int] | None = None, pooled: Sequence[int] | None = None
+) -> pa.Schema:
+    """The schema of a latents file, for tensors of these shapes (without the dimensions of rows and captions).
+
+    Without shapes of embeddings it holds tokens.
+    """
+    if context is None or pooled is None:
+        text = [tensor_field(Column.TOKENS, (2, CONTEXT_LENGTH), several=True, dtype="uint16")]
+    else:
+        shapes = {Column.CONTEXT: context, Column.POOLED: pooled}
+        text = [tensor_field(name, shape, several=True) for name, shape in shapes.items()]
     return pa.schema(
         [
             pa.field(Column.KEY, pa.string(), nullable=False),
@@ -164,15 +176,14 @@ def latents_schema(latent: Sequence[int], context: Sequence[int], pooled: Sequen
             pa.field(Column.AESTHETIC_SCORE, pa.float32()),
             tensor_field(Column.LATENT_MEAN, latent),
             tensor_field(Column.LATENT_STD, latent),
-            tensor_field(Column.CONTEXT, context, several=True),
-            tensor_field(Column.POOLED, pooled, several=True),
+            *text,
         ]
     )
 
 
-def tensor_column(array: np.ndarray) -> pa.Array:
-    """Rows [N, ...] of float16 as a column of fixed-size bytes."""
-    rows = np.ascontiguousarray(array, dtype=np.float16)
+def tensor_column(array: np.ndarray, dtype: type[np.generic] = np.float16) -> pa.Array:
+    """Rows [N, ...] as a column of fixed-size bytes, two a number."""
+    rows = np.ascontiguousarray(array, dtype=dtype)
     size = rows[0].nbytes if len(rows) else 2 * int(np.prod(rows.shape[1:]))
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(rows), [None, pa.py_buffer(rows)])
 
@@ -183,7 +194,7 @@ def tensor_shape(schema: pa.Schema, name: Column) -> tuple[int, ...]:
 
 
 def tensor_array(table: pa.Table, name: Column) -> np.ndarray:
-    """A tensor column of a table as float16 [N, ...], lists one after another; a view where it is one chunk."""
+    """A tensor column of a table as an array [N, ...], lists one after another; a view where it is one chunk."""
     shape = tensor_shape(table.schema, name)
     column = table.column(name)
     chunk = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
@@ -191,7 +202,8 @@ def tensor_array(table: pa.Table, name: Column) -> np.ndarray:
         chunk = chunk.flatten()
     buffer = chunk.buffers()[1]
     width = chunk.type.byte_width
-    flat = np.frombuffer(buffer, np.float16, len(chunk) * width // 2, chunk.offset * width)
+    dtype = table.schema.field(name).metadata[b"dtype"].decode()
+    flat = np.frombuffer(buffer, dtype, len(chunk) * width // 2, chunk.offset * width)
     return flat.reshape(len(chunk), *shape)
 
 

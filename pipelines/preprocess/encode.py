@@ -18,6 +18,7 @@ from model.vae import VAE, Posterior
 from pipelines import networks
 from pipelines.captions import in_lists, out_of_lists
 from pipelines.config import Size, TextWeightsConfig, WeightsConfig
+from pipelines.latents import OF_CAPTIONS
 from pipelines.preprocess.config import EncodeConfig
 from pipelines.preprocess.crop import PIXELS
 from pipelines.preprocess.write import FAILURE, UNIT, UNIT_COUNT, timed
@@ -42,7 +43,8 @@ class Encoder:
         self.config = config
         dtype = getattr(torch, config.dtype)
         self.vae = networks.vae(vae, options, dtype, self.device).eval().requires_grad_(False)
-        self.text = networks.text_encoders(text, options, dtype, self.device)
+        if config.text == "embeddings":
+            self.text = networks.text_encoders(text, options, dtype, self.device)
         self.text_config = networks.text_config(text)
         self.known: OrderedDict[str, tuple[np.ndarray, np.ndarray]] = OrderedDict()  # text of captions, latest last
 
@@ -55,19 +57,23 @@ class Encoder:
         height, width = rows.column(Column.BUCKET)[0].as_py()
         mean, std = self._encode_images(good.column(PIXELS), (height, width))
         places, captions = out_of_lists(good.column(Column.CAPTIONS))  # the row of each caption, and the caption
-        context, pooled = self._encode_captions(captions.to_pylist())
-
-        schema = latents_schema(mean.shape[1:], context.shape[1:], pooled.shape[1:])
+        if self.config.text == "tokens":
+            texts: dict[str, np.ndarray] = {Column.TOKENS: self._tokens(captions.to_pylist())}
+            schema = latents_schema(mean.shape[1:])
+        else:
+            context, pooled = self._encode_captions(captions.to_pylist())
+            texts = {Column.CONTEXT: context, Column.POOLED: pooled}
+            schema = latents_schema(mean.shape[1:], context.shape[1:], pooled.shape[1:])
         for name in rows.column_names:
             if name in (Column.SOURCE, Column.PATH, FAILURE) or name.startswith(UNIT):
                 schema = schema.append(rows.schema.field(name))
-        made = {
-            Column.LATENT_MEAN: tensor_column(mean),
-            Column.LATENT_STD: tensor_column(std),
-            FAILURE: self._not_finite(_finite(mean) & _finite(std), places, _finite(context) & _finite(pooled)),
-        }
-        for name, tensors in ((Column.CONTEXT, context), (Column.POOLED, pooled)):
-            made[name] = in_lists(good.num_rows, places, tensor_column(tensors), schema.field(name).type)
+        finite = _finite(mean) & _finite(std)
+        finite[places[~np.logical_and.reduce([_finite(tensors) for tensors in texts.values()])]] = False
+        made: dict[str, pa.Array] = {Column.LATENT_MEAN: tensor_column(mean), Column.LATENT_STD: tensor_column(std)}
+        for name, tensors in texts.items():
+            column = tensor_column(tensors, tensors.dtype.type)
+            made[name] = in_lists(good.num_rows, places, column, schema.field(name).type)
+        made[FAILURE] = pa.array([None if ok else self._not_finite() for ok in finite], pa.string())
         arrays = [
             made[field.name] if field.name in made else good.column(field.name).cast(field.type) for field in schema
         ]
@@ -78,14 +84,11 @@ class Encoder:
             table = table.append_column(f"{UNIT_COUNT}{name}", pa.array([count] + [0] * (table.num_rows - 1)))
         return table
 
-    def _not_finite(self, images: np.ndarray, places: np.ndarray, texts: np.ndarray) -> pa.Array:
-        """The failure of each row whose image, or one of whose texts, is not finite."""
-        finite = images.copy()
-        finite[places[~texts]] = False
+    def _not_finite(self) -> str:
         reason = f"not finite in {self.config.dtype}"
         if self.config.dtype == "float16":
             reason += "; set encode.dtype to bfloat16 or float32"
-        return pa.array([None if ok else reason for ok in finite], pa.string())
+        return reason
 
     def _encode_images(self, pixels: pa.ChunkedArray, bucket: Size) -> tuple[np.ndarray, np.ndarray]:
         """Posterior mean and std, each float16 [N, 4, h, w]."""
@@ -118,6 +121,12 @@ class Encoder:
         while len(self.known) > self.config.kept_captions:
             self.known.popitem(last=False)
         return all_contexts, all_pooled
+
+    def _tokens(self, captions: list[str]) -> np.ndarray:
+        """Ids of the tokens of each tower, uint16 [M, 2, 77]; no network is run."""
+        self.counts += {CAPTIONS: len(captions)}
+        tokens = tokenize(captions, self.text_config)
+        return torch.stack([tokens.clip_l, tokens.bigg], dim=1).numpy().astype(np.uint16)
 
 
 @torch.no_grad()
@@ -156,7 +165,7 @@ def _without_tensors(failed: pa.Table, schema: pa.Schema) -> pa.Table:
     for field in schema:
         if pa.types.is_fixed_size_binary(field.type):
             arrays.append(pa.array([bytes(field.type.byte_width)] * failed.num_rows, field.type))
-        elif field.name in (Column.CONTEXT, Column.POOLED):
+        elif field.name in OF_CAPTIONS:
             arrays.append(pa.array([[]] * failed.num_rows, field.type))
         elif field.name in failed.column_names:
             arrays.append(failed.column(field.name).cast(field.type))

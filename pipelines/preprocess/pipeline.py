@@ -207,6 +207,7 @@ def build_latents(
         "buckets": index_manifest.fingerprint["buckets"],
         "crop": asdict(crop),
         "dtype": encode.dtype,
+        "stored_text": encode.text,
     }
     folder = _folder(made_by)
     kept = rows_of_crops(kept_rows(index, index_manifest), encode.crops)
@@ -214,7 +215,8 @@ def build_latents(
     originals.check(kept)
     rows = missing(kept, stored(dataset, folder))
     blocks = blocks_by_bucket(rows, encode.rows_per_file)
-    _check_text_fits(blocks, networks.text_config(text))
+    if encode.text == "embeddings":
+        _check_text_fits(blocks, networks.text_config(text))
     told = Told()
     if blocks:
         begin()

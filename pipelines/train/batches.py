@@ -47,6 +47,7 @@ class LatentBatch:
     context: Tensor  # [B,77,D]
     pooled: Tensor  # [B,P]
     conditions: dict[Conditioning, Tensor]  # [B,2] each, aesthetic_score [B,1]
+    tokens: Tensor | None = None  # int64 [B,2,77] of CLIP-L and bigG, of a dataset without context and pooled [B,0]
 
     @property
     def count(self) -> int:
@@ -165,7 +166,11 @@ class LatentReader:
         opened = self._files(np.unique(rows[:, 0]).tolist())
         shapes = next(iter(opened.values())).shapes
         tensors = {
-            name: torch.empty((len(rows), *shape), dtype=torch.float16, pin_memory=self._pin)
+            name: torch.empty(
+                (len(rows), *shape),
+                dtype=torch.int16 if name == Column.TOKENS else torch.float16,
+                pin_memory=self._pin,
+            )
             for name, shape in shapes.items()
         }
 
@@ -185,14 +190,17 @@ class LatentReader:
             ).float()
             for name in Conditioning
         }
+        none = torch.empty(len(rows), 0)
+        tokens = tensors.get(Column.TOKENS)
         return LatentBatch(
             first=first,
             bucket=bucket,
             mean=tensors[Column.LATENT_MEAN],
             std=tensors[Column.LATENT_STD],
-            context=tensors[Column.CONTEXT],
-            pooled=tensors[Column.POOLED],
+            context=tensors.get(Column.CONTEXT, none),
+            pooled=tensors.get(Column.POOLED, none),
             conditions=conditions,
+            tokens=None if tokens is None else tokens.long() & 0xFFFF,  # torch has no unsigned ones of two bytes
         )
 
     def names(self, rows: np.ndarray) -> list[str]:

@@ -72,6 +72,7 @@ def by_original_size(batch: LatentBatch) -> LatentBatch:
         context=repeated(batch.context),
         pooled=repeated(batch.pooled),
         conditions=conditions,
+        tokens=None if batch.tokens is None else repeated(batch.tokens),
     )
 
 

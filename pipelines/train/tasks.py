@@ -19,7 +19,7 @@ from model.denoiser_loss import Draws, denoiser_loss, draw, drop_text, min_snr_w
 from model.diffusion import Diffusion, gaussian
 from model.metrics import psnr, ssim
 from model.sampler import step_noise
-from model.text import TextFeatures, tokenize
+from model.text import TextEncoders, TextFeatures, Tokens, tokenize
 from model.unet import UNet
 from model.vae import VAE, scale, unscale
 from model.vae_loss import (
@@ -107,6 +107,7 @@ class DenoiserTask:
         manifest = require_manifest(dataset, "latents", pinned)
         self.reader: Reader = LatentReader(dataset, manifest, batch.seed, device.type == "cuda")
         self._config, self._batch, self._options, self._device = config, batch, options, device
+        self._made_by = manifest.fingerprint
         self._scaling_factor = float(manifest.facts["vae"]["scaling_factor"])
         self._clip_l_width = networks.text_config(config.text).clip_l.width
         self._unet = networks.unet(config.unet, options)
@@ -124,7 +125,7 @@ class DenoiserTask:
         assert isinstance(batch, LatentBatch)
         config = self._config.loss
         draws = self._draws(batch, config)
-        error = self._error(engines["unet"], to_device(batch, self._device), draws)  # [B]
+        error = self._error(engines["unet"], self._on_device(batch), draws)  # [B]
         shares = by_quarter(error, draws.timesteps, config.timesteps)
         if config.min_snr_gamma is None:
             yield Loss("unet", error, {}, shares)
@@ -142,7 +143,7 @@ class DenoiserTask:
         assert isinstance(batch, LatentBatch)
         kept = replace(self._config.loss, caption_dropout=0.0, text_dropout=0.0, size_dropout=0.0)
         draws = self._draws(batch, kept)
-        batch = to_device(batch, self._device)
+        batch = self._on_device(batch)
         numbers = torch.arange(batch.first, batch.first + len(batch.mean), dtype=torch.float64, device=self._device)
         place = ((numbers + 0.5) * GOLDEN_RATIO) % 1.0  # [B]
         (first, end), errors = kept.timesteps, {}
@@ -153,6 +154,15 @@ class DenoiserTask:
             errors[f"validation/squared_error_timesteps_{low}_to_{high - 1}"] = error
             mean += error * ((high - low) / (end - first))
         return {"validation/squared_error": mean, **errors}
+
+    def _on_device(self, batch: LatentBatch) -> LatentBatch:
+        """The batch on the device; where the dataset holds tokens, with the text that it would hold in their place."""
+        moved = to_device(batch, self._device)
+        if moved.tokens is None:
+            return moved
+        features = self._text_encoders(Tokens(clip_l=moved.tokens[:, 0], bigg=moved.tokens[:, 1]))
+        context, pooled = (tensor.half().float() for tensor in (features.context, features.pooled))
+        return replace(moved, context=context, pooled=pooled, tokens=None)
 
     def _draws(self, batch: LatentBatch, config: DenoiserLossConfig) -> Draws:
         size, shape, sizes = len(batch.mean), batch.mean.shape[1:], len(self._unet.config.conditioning)
@@ -175,7 +185,7 @@ class DenoiserTask:
         refiner's of the same latents, noised to its first timestep."""
         assert isinstance(network, UNet)
         assert isinstance(batch, LatentBatch)
-        batch = to_device(batch, self._device)
+        batch = self._on_device(batch)
         vae = self._frozen_vae
         noise = gaussian(self._batch.seed, 0, len(batch.mean), batch.mean.shape[1:], self._device)
         numbers = [0] * len(noise) if same_noise else range(len(noise))
@@ -210,6 +220,12 @@ class DenoiserTask:
     def _frozen_vae(self) -> VAE:
         """The VAE that decodes samples; loaded when it is first asked for, on the worker that samples."""
         return networks.vae(self._config.vae, self._options).to(self._device).eval()
+
+    @cached_property
+    def _text_encoders(self) -> TextEncoders:
+        """What encodes tokens, in the type that the latents were made in; each worker has its own."""
+        dtype = getattr(torch, self._made_by["dtype"])
+        return networks.text_encoders(self._config.text, self._options, dtype, self._device)
 
     @cached_property
     def _empty_prompt(self) -> TextFeatures:
@@ -366,4 +382,5 @@ def to_device(batch: LatentBatch, device: torch.device) -> LatentBatch:
         context=moved(batch.context),
         pooled=moved(batch.pooled),
         conditions={name: moved(value) for name, value in batch.conditions.items()},
+        tokens=None if batch.tokens is None else batch.tokens.to(device, non_blocking=True),
     )

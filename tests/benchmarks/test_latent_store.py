@@ -54,7 +54,7 @@ def table(number: int) -> pa.Table:
     schema = latents_schema(SHAPES[Column.LATENT_MEAN], SHAPES[Column.CONTEXT], SHAPES[Column.POOLED])
     places = np.arange(FILE_ROWS)
     columns = {name: tensor_column(array) for name, array in tensors.items()}
-    for name in OF_CAPTIONS:
+    for name in columns.keys() & OF_CAPTIONS:
         columns[name] = in_lists(FILE_ROWS, places, columns[name], schema.field(name).type)
     arrays = [
         columns[field.name] if field.name in columns else pa.array(values[field.name], field.type) for field in schema

@@ -113,7 +113,7 @@ def test_a_batch_holds_exactly_the_rows_that_were_asked_for(dataset):
     expected = [values(firsts[reader.files[file].name] + row, (16, 24)) for file, row in rows.tolist()]
     for place, row in enumerate(expected):
         drawn = draw_caption(np.array(row["caption_weights"]), SEED, 40 + place)
-        row |= {name: row[name][drawn] for name in OF_CAPTIONS}
+        row |= {name: row[name][drawn] for name in ("context", "pooled")}
     assert (batch.first, batch.bucket) == (40, (16, 24))
     for name, tensor in (
         ("latent_mean", batch.mean),

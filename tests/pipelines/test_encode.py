@@ -19,8 +19,9 @@ from pipelines.preprocess.crop import PIXELS, crop_images, rows_of_crops
 from pipelines.preprocess.encode import Encoder
 from pipelines.preprocess.pipeline import _check_text_fits
 from pipelines.preprocess.write import FAILURE, cut, keys_of, stored, write_units
-from pipelines.schema import INDEX_SCHEMA, latents_schema, tensor_array
+from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, DataFile, latents_schema, tensor_array, write_manifest
 from pipelines.storage import Storage, StorageError, StorageOptions
+from pipelines.train.batches import LatentReader
 
 BUCKET = (16, 24)
 CROP = CropConfig(flip_chance=0.5, seed=3)
@@ -178,6 +179,30 @@ def test_an_image_of_several_captions_has_the_text_of_each_and_distinct_ones_are
         np.testing.assert_allclose(
             tensor_array(latents, name), tensor_array(alone, name)[[0, 1, 2, 1, 2, 3]], rtol=2e-3, atol=2e-3
         )
+
+
+def test_tokens_are_stored_in_place_of_embeddings_and_read_as_they_were(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(networks, "text_encoders", None)  # nothing of it is asked for
+    encoder = Encoder(VAE, TEXT, EncodeConfig(text="tokens"), StorageOptions())
+    captions = [["a cat", "a pet"], ["a dog"]]
+    rows = encoder(crop_images(kept(source, captions), originals(source), CROP, 10_000))
+    expected = tokenize([text for texts in captions for text in texts], TEXT_PRESETS["tiny"])
+    assert np.array_equal(tensor_array(rows, "tokens"), torch.stack([expected.clip_l, expected.bigg], 1).numpy())
+    dataset = Storage(str(tmp_path / "dataset"))
+    write_units(rows, dataset, "data/x", "none")
+    (file,) = dataset.list()
+    written, told = dataset.read_table(file.name).schema, latents_schema(LATENT)
+    assert written == told
+    assert [field.metadata for field in written] == [field.metadata for field in told]
+    content = {"counts": {}, "fingerprint": {"schema": SCHEMA_VERSION}, "parents": {}}
+    manifest = write_manifest(dataset, [DataFile(name=file.name, rows=2, bucket=BUCKET)], kind="latents", **content)
+    read = [LatentReader(dataset, manifest, seed=0).read(np.array([[0, 0], [0, 1]]), BUCKET, n) for n in range(20)]
+    assert {batch.tokens.dtype for batch in read} == {torch.int64}
+    assert all(batch.context.shape == batch.pooled.shape == (2, 0) for batch in read)
+    for place, texts in ((0, [0, 1]), (1, [2])):
+        seen = {tuple(batch.tokens[place].flatten().tolist()) for batch in read}
+        wanted = {tuple(torch.cat([expected.clip_l[text], expected.bigg[text]]).tolist()) for text in texts}
+        assert seen == wanted
 
 
 def test_latents_are_the_posteriors_and_not_scaled(source, encoder):

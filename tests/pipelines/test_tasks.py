@@ -23,6 +23,7 @@ from model.config import (
 )
 from model.lpips import LPIPS
 from model.metrics import psnr, ssim
+from model.text import tokenize
 from model.vae import scale
 from model.vae_loss import adaptive_weight, adversarial_loss, divergence_loss, hinge_loss, reconstruction_loss
 from pipelines import networks
@@ -42,7 +43,7 @@ class Manifest:
     """As much of a manifest as a task reads."""
 
     facts: ClassVar = {"vae": {"scaling_factor": 0.5}}
-    fingerprint: ClassVar = {"max_pixels": 1}
+    fingerprint: ClassVar = {"max_pixels": 1, "dtype": "float32"}
 
 
 class Direct:
@@ -97,6 +98,22 @@ def denoiser_loss(task: tasks.DenoiserTask, batch: LatentBatch) -> tasks.Loss:
     with torch.no_grad():
         (loss,) = task.losses({name: Direct(network) for name, network in task.networks().items()}, batch)
     return loss
+
+
+def test_tokens_train_as_the_embeddings_do_that_would_be_stored_in_their_place():
+    task, batch = denoiser(loss=DenoiserLossConfig(caption_dropout=0.5)), latents()
+    encoders = networks.text_encoders(TextWeightsConfig(preset="tiny", seed=0))
+    tokens = tokenize(["a cat", "a dog", "", "a " * 99], encoders.config)
+    features = encoders(tokens)
+    stored = dataclasses.replace(batch, context=features.context.half(), pooled=features.pooled.half())
+    none = torch.empty(4, 0)
+    held = torch.stack([tokens.clip_l, tokens.bigg], dim=1)
+    unread = dataclasses.replace(batch, context=none, pooled=none, tokens=held)
+    assert torch.equal(denoiser_loss(task, unread).per_sample, denoiser_loss(task, stored).per_sample)
+    assert not torch.equal(denoiser_loss(task, batch).per_sample, denoiser_loss(task, stored).per_sample)
+    told = [outputs.by_original_size(one) for one in (unread, stored)]
+    one, other = (task.validate(task.networks()["unet"], batch) for batch in told)
+    assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_a_denoisers_loss_is_the_error_at_what_was_drawn():

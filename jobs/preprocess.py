@@ -163,7 +163,8 @@ def plan(job: PreprocessJob) -> None:
         area, rows = max(h * w for h, w in table), job.encode.rows_per_file
         vae, text = parameters("vae", job.vae.preset), parameters("text", job.text.preset)
         print(f"encoders: VAE {vae:,} parameters, text {text:,}")
-        width = 2 if job.encode.dtype == "bfloat16" else 4
+        width = 4 if job.encode.dtype == "float32" else 2
+        text *= job.encode.text == "embeddings"
         print(f"memory per encoder, without activations: {readable((vae + text) * width)}")
         print(f"memory: {readable(rows * area * 3)} of pixels for each task of {rows} images on its way")
 

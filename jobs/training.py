@@ -52,7 +52,7 @@ def train_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
 
 def plan_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
     """Print rows, buckets, steps, parameters and memory, and check the dataset against the networks."""
-    from pipelines.estimate import parameters
+    from pipelines.estimate import parameters, readable
     from pipelines.train.launch import check_latents
 
     if isinstance(job, TrainDenoiserJob):
@@ -77,6 +77,9 @@ def plan_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
     for name, count in networks.items():
         print(f"{name}: {count:,} parameters")
     _print_memory(job, networks)
+    if isinstance(job, TrainDenoiserJob) and manifest.fingerprint["stored_text"] == "tokens":
+        count, width = parameters("text", job.task.text.preset), 2 if manifest.fingerprint["dtype"] != "float32" else 4
+        print(f"  besides: text encoders, which the latents' tokens ask for, {readable(count * width)}")
 
 
 def _print_memory(job: TrainVAEJob | TrainDenoiserJob, networks: Mapping[str, int]) -> None:

@@ -65,12 +65,12 @@ def ended(*argv: str, kind=PreprocessJob, job=preprocess) -> int:
 
 def test_a_dry_run_prints_the_settings_and_the_plan_and_leaves_nothing(folder, capsys):
     before = files(folder)
-    assert ended("job.toml", "encode.batch=3", "--dry-run") == 0
+    assert ended("job.toml", "encode.batch=4", "--dry-run") == 0
     assert files(folder) == before
     printed, error = capsys.readouterr()
     assert error == ""
     settings, end = json.JSONDecoder().raw_decode(printed)
-    assert settings["encode"]["batch"] == 3
+    assert settings["encode"]["batch"] == 4
     assert settings["source"]["path"] == str(folder / "images")
     plan = printed[end:]
     assert f"source: folder of 3 images, {folder}/images" in plan
@@ -121,8 +121,8 @@ def test_what_fails_on_its_way_is_told_in_words_and_ends_with_one(folder, capsys
 
 
 def test_flags_and_settings_may_come_in_any_order(folder):
-    assert ended("--dry-run", "job.toml", "encode.batch=3") == 0
-    assert ended("job.toml", "--dry-run", "encode.batch=3") == 0
+    assert ended("--dry-run", "job.toml", "encode.batch=4") == 0
+    assert ended("job.toml", "--dry-run", "encode.batch=4") == 0
 
 
 def test_help_names_the_job_and_its_arguments():

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from model.tensors import check_keys, raw, shapes, stored, write_stream
-from pipelines.storage import RangeReader, Storage
+from pipelines.ranges import RangeReader
+from pipelines.storage import Storage
 
 RUN = "run.json"  # what a run is: stage, settings, pinned dataset, MLflow run; finished_images when it is done
 PROGRESS = "progress.json"  # a checkpoint's last file: how far the run was, and the names and sizes of the others

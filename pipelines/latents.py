@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.ranges import RangeReader
 from pipelines.schema import Column, pair_array, tensor_shape
-from pipelines.storage import RangeReader, Storage
+from pipelines.storage import Storage
 
 OF_CAPTIONS = (Column.CONTEXT, Column.POOLED, Column.TOKENS)
 TENSORS = (Column.LATENT_MEAN, Column.LATENT_STD, *OF_CAPTIONS)  # those of text, or their tokens

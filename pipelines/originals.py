@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.config import SourceConfig
+from pipelines.ranges import RangeReader
 from pipelines.schema import Column
 from pipelines.spans import unpack
-from pipelines.storage import RangeReader, Storage, StorageOptions
+from pipelines.storage import Storage, StorageOptions
 
 OPEN_FILES = 256  # files that images are parts of, held open by each process
 ABSOLUTE = "^(/|s3://)"  # names of files that stand for themselves, and not for a place below a source's folder

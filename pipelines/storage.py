@@ -10,15 +10,13 @@ import errno
 import io
 import json
 import os
-import random
 import re
 import shutil
-import time
 import uuid
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, BinaryIO
@@ -28,12 +26,12 @@ import pyarrow.parquet as pq
 from annotated_types import Gt
 from pyarrow import fs as pafs
 
+from pipelines.ranges import RangeReader
+
 READ_AHEAD = 2**20  # bytes of a stream
 TABLE_READERS, TABLES_AHEAD = 16, 64  # tables that are read at a time, and before they are asked for
-UPLOADED_AT_A_TIME = 2**26  # bytes of an upload that are in memory twice
-REQUEST_BYTES = 64 * 2**20  # most that one read asks for
-GONE, OVERFLOWN = "NO_SUCH_UPLOAD", "Failed to flush response stream"  # as boto3 and Arrow say
-MARKS = (0x5A, 0xA5, 0x3C, 0xC3)  # what stands where an answer's last byte comes
+PART_BYTES = 16 * 2**20  # of an upload whose size is not known; ten are in memory at most
+GONE = "NO_SUCH_UPLOAD"  # as boto3 says
 TEMPORARY = ".incomplete-"  # prefix of a local file that is still being written
 
 
@@ -60,105 +58,25 @@ class FileStat:
     modified_us: int
 
 
-class RangeReader:
-    """One stored file, read at any place, by several threads at a time; closed when nobody refers to it any more."""
+class _Pipe:
+    """What a thread that uploads reads, until the writer closes the other end, or breaks it off."""
 
-    def __init__(self, file: io.FileIO | pa.NativeFile, name: str, attempts: int = 1) -> None:
-        self.file, self.name, self._attempts = file, name, attempts
-        self._descriptor = file.fileno() if isinstance(file, io.FileIO) else None
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.broken = file, False
 
-    def read_into(self, target: memoryview, offset: int) -> None:
-        """Fill `target`, bytes, from `offset` on. Raises OSError where the file ends before."""
-        done = 0
-        while done < len(target):
-            part = target[done : done + REQUEST_BYTES]
-            if self._descriptor is not None:
-                count = os.preadv(self._descriptor, [part], offset + done)
-            else:
-                count = self._request(part, offset + done)
-            if count == 0:
-                raise OSError(f"{self.name} ends before byte {offset + len(target)}")
-            done += count
-
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self.file.size() if self._descriptor is None else os.fstat(self._descriptor).st_size  # type: ignore[union-attr]
-
-    def parquet(self) -> pq.ParquetFile:
-        """The file as Parquet."""
-        if self._descriptor is not None:
-            return pq.ParquetFile(self.file)
-        return pq.ParquetFile(pa.PythonFile(_Stream(self, self.size(), OSError), mode="r"))
-
-    def _request(self, part: memoryview, offset: int) -> int:
-        """Fill `part` by one request to S3; how many bytes were there. Raises OSError where no answer was whole.
-
-        An answer that is shorter than what was asked for, and says so in its length, passes Arrow: it counts the bytes
-        that it asked for, and leaves the rest of the buffer as it was. So the last byte is marked, and an answer that
-        leaves the mark is asked for again, with another. And an error's text that is longer than `part` ends Arrow's
-        own attempts, so that they are made here.
-        """
-        problem: Exception | None = None
-        for attempt in range(max(2, self._attempts)):
-            mark = part[-1] = MARKS[attempt % len(MARKS)]
-            try:
-                count = self.file.get_stream(offset, len(part)).readinto(part)  # type: ignore[union-attr]
-            except OSError as error:
-                if OVERFLOWN not in str(error):
-                    raise
-                problem = error
-                time.sleep(random.random() * min(0.1 * 2**attempt, 10.0))
-                continue
-            if count < len(part) or part[-1] != mark:
-                return count
-            problem = OSError(f"answers from byte {offset} on were shorter than the {len(part)} asked for")
-        raise OSError(f"{self.name}, {attempt + 1} times: {problem}") from problem
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        if self.broken:
+            raise _BrokenOffError
+        return data
 
 
-class StorageError(RuntimeError):
-    """The storage failed, which says nothing of what it stores: no OSError, which readers of file formats raise too."""
+class _UploadGoneError(OSError):
+    """The server does not know the upload any more that was to be completed."""
 
 
-class _Stream(io.RawIOBase):
-    """A stored file of `size` bytes as a stream that can seek. Where it cannot be read, it raises `raising`."""
-
-    def __init__(self, reader: RangeReader, size: int, raising: type[Exception]) -> None:
-        self._reader, self._size, self._place, self._raising = reader, size, 0, raising
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        return self._place
-
-    def readinto(self, target: Any) -> int:
-        count = max(0, min(len(target), self._size - self._place))
-        try:
-            self._reader.read_into(memoryview(target).cast("B")[:count], self._place)
-        except OSError as error:
-            raise self._raising(f"{self._reader.name} cannot be read: {error}") from error
-        self._place += count
-        return count
-
-
-class _Upload:
-    """An upload that waits for what it was given, a piece at a time: its own buffer would grow without end."""
-
-    def __init__(self, stream: pa.NativeFile) -> None:
-        self._stream = stream
-
-    def write(self, data: Any, /) -> None:
-        view = memoryview(data)
-        for start in range(0, len(view), UPLOADED_AT_A_TIME):
-            self._stream.write(view[start : start + UPLOADED_AT_A_TIME])
-            self._stream.flush()
+class _BrokenOffError(Exception):
+    """The writer of an upload failed: the upload ends, and is not completed."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +214,7 @@ class Storage:
 
         Where the storage fails, reading raises StorageError.
         """
-        return io.BufferedReader(_Stream(self.open(name), size, StorageError), READ_AHEAD)
+        return self.open(name).stream(size, READ_AHEAD)
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write `name` whole, replacing what is there."""
@@ -307,20 +225,29 @@ class Storage:
             file.write(data)
 
     @contextmanager
-    def output(self, name: str) -> Iterator[BinaryIO | _Upload]:
-        """`name`, for the block to write piece by piece, without a copy elsewhere; if that fails, it is not there."""
-        target = self.path(name)
+    def output(self, name: str) -> Iterator[BinaryIO]:
+        """`name`, for the block to write piece by piece, without a copy elsewhere; if that fails, it is as it was."""
         if self.is_local:
-            with _replacing(target) as temporary, open(temporary, "wb") as file:
+            with _replacing(self.path(name)) as temporary, open(temporary, "wb") as file:
                 yield file
             return
-        with self.filesystem.open_output_stream(target) as stream:
+        receiver, sender = os.pipe()
+        source = _Pipe(os.fdopen(receiver, "rb"))
+        file = os.fdopen(sender, "wb")
+        with ThreadPoolExecutor(1) as pool:
+            sent = pool.submit(self._send_piped, name, source)
             try:
-                yield _Upload(stream)
-            except BaseException:
-                stream.close()  # which completes the upload as it is
-                self.filesystem.delete_file(target)
+                yield file
+                file.close()
+            except BaseException as error:
+                source.broken = True
+                with suppress(BrokenPipeError):
+                    file.close()
+                if isinstance(error, BrokenPipeError):  # most likely since the upload has failed, which says why
+                    with suppress(_BrokenOffError):
+                        sent.result()
                 raise
+            sent.result()
 
     def upload(self, name: str, file: str | os.PathLike[str]) -> None:
         """Copy a local file, however large, to `name`, whole."""
@@ -333,7 +260,23 @@ class Storage:
             pafs.copy_files(os.fspath(file), temporary, local, local)
 
     def _put(self, name: str, source: Any) -> None:
-        """Write what the binary file `source` holds as the object `name`: in one request, or in parts if it is large.
+        """Write what the binary file `source` holds as the object `name`: in one request, or in parts."""
+        threads = source.seek(0, io.SEEK_END) > PART_BYTES
+        for last in (False, True):
+            source.seek(0)
+            try:
+                self._send(name, source, threads)
+                return
+            except _UploadGoneError:  # most likely completed, and the answer lost: written again, to be sure
+                if last:
+                    raise
+
+    def _send_piped(self, name: str, source: _Pipe) -> None:
+        with source.file:  # whoever writes to the other end learns that nobody reads any more
+            self._send(name, source, threads=True)
+
+    def _send(self, name: str, source: Any, threads: bool) -> None:
+        """What can be read from `source` until it ends, as the object `name`.
 
         By boto3, because Arrow completes an upload that an error ended early, and its copy_files tells of no error.
         """
@@ -342,18 +285,13 @@ class Storage:
         from botocore.exceptions import BotoCoreError, ClientError
 
         bucket, _, key = self.path(name).partition("/")
-        size = source.seek(0, io.SEEK_END)
-        config = TransferConfig(use_threads=size > TransferConfig().multipart_threshold)
-        for last in (False, True):
-            source.seek(0)
-            try:
-                self._client.upload_fileobj(source, bucket, key, Config=config)
-                return
-            except (S3UploadFailedError, BotoCoreError, ClientError) as error:
-                code = _code(error)
-                if code == GONE and not last:  # most likely completed, and the answer lost: written again, to be sure
-                    continue
-                raise OSError(f"{self.uri}/{name}: writing it failed: AWS Error {code}: {error}") from error
+        config = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, use_threads=threads)
+        try:
+            self._client.upload_fileobj(source, bucket, key, Config=config)
+        except (S3UploadFailedError, BotoCoreError, ClientError) as error:
+            code = _code(error)
+            kind = _UploadGoneError if code == GONE else OSError
+            raise kind(f"{self.uri}/{name}: writing it failed: AWS Error {code}: {error}") from error
 
     def delete(self, name: str) -> None:
         """Delete the file `name`."""

@@ -17,6 +17,7 @@ from pipelines.images import content_id, crop_pixels, draw_crop
 from pipelines.latents import OF_CAPTIONS, TENSORS
 from pipelines.originals import Originals
 from pipelines.preprocess.write import write_rows
+from pipelines.ranges import RangeReader
 from pipelines.schema import (
     INDEX_SCHEMA,
     SCHEMA_VERSION,
@@ -26,7 +27,7 @@ from pipelines.schema import (
     tensor_column,
     write_manifest,
 )
-from pipelines.storage import RangeReader, Storage, StorageOptions
+from pipelines.storage import Storage, StorageOptions
 from pipelines.train import batches
 from pipelines.train.batches import ImageReader, LatentReader, Slices, draw_caption
 from pipelines.train.config import BatchConfig

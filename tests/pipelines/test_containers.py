@@ -18,8 +18,9 @@ from pipelines.preprocess.measure import measure
 from pipelines.preprocess.sources.inputs import INPUT_SCHEMA
 from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.preprocess.sources.survey import survey
+from pipelines.ranges import StorageError
 from pipelines.schema import INDEX_SCHEMA
-from pipelines.storage import Storage, StorageError, StorageOptions
+from pipelines.storage import Storage, StorageOptions
 
 OPTIONS = StorageOptions()
 

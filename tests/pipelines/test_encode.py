@@ -19,8 +19,9 @@ from pipelines.preprocess.crop import PIXELS, crop_images, rows_of_crops
 from pipelines.preprocess.encode import Encoder
 from pipelines.preprocess.pipeline import _check_text_fits
 from pipelines.preprocess.write import FAILURE, cut, keys_of, stored, write_units
+from pipelines.ranges import StorageError
 from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, DataFile, latents_schema, tensor_array, write_manifest
-from pipelines.storage import Storage, StorageError, StorageOptions
+from pipelines.storage import Storage, StorageOptions
 from pipelines.train.batches import LatentReader
 
 BUCKET = (16, 24)

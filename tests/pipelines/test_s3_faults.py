@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from jobs.remedies import remedy
+from pipelines import storage as module
 from pipelines.config import SourceConfig, StageResources
 from pipelines.lease import lease
 from pipelines.preprocess.config import AlertConfig, BucketConfig, FilterConfig
@@ -25,6 +26,11 @@ SMALL, LARGE = np.random.default_rng(0).bytes(3000), np.random.default_rng(1).by
 TABLE = pa.table({"number": np.arange(20_000), "value": np.random.default_rng(2).random(20_000)})
 ATTEMPTS = 2
 FAILING = (Fault.BUSY, Fault.LOST_ANSWER, Fault.RESET, Fault.RESET_HALFWAY, Fault.CUT, Fault.CUT_UNNOTICED)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)  # the least that S3 takes
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +122,19 @@ WHOLE, PART, COMPLETE, BEGIN = "PUT", "PUT .*partNumber=2", r"POST .*uploadId", 
 def test_what_is_written_past_a_fault_is_whole_and_what_fails_leaves_the_old(proxy, direct, tmp_path, fault, matching):
     data = SMALL if matching is WHOLE else LARGE
     (tmp_path / "file").write_bytes(data)
-    writes = (lambda at: at.write("target", data), lambda at: at.upload("target", tmp_path / "file"))
-    for write in writes if fault is Fault.RESET else writes[:1]:  # both go the same way
+
+    def write_whole(at: Storage) -> None:
+        at.write("target", data)
+
+    def upload(at: Storage) -> None:
+        at.upload("target", tmp_path / "file")
+
+    def write_in_pieces(at: Storage) -> None:
+        with at.output("target") as file:
+            for start in range(0, len(data), 1_000_000):
+                file.write(data[start : start + 1_000_000])
+
+    for write in (write_whole, upload, write_in_pieces) if fault is Fault.RESET else (write_in_pieces,):
         storage = through(proxy, direct)
         direct.write("target", b"old")
         proxy.inject(fault, matching)
@@ -133,6 +150,17 @@ def test_what_is_written_past_a_fault_is_whole_and_what_fails_leaves_the_old(pro
         assert direct.read("target") in ([b"old", data] if fault is Fault.LOST_ANSWER else [b"old"])
         write(storage)
         assert direct.read("target") == data
+
+
+def test_what_is_broken_off_in_pieces_leaves_the_old_and_no_upload(direct):
+    folder = direct.folder("broken")
+    for size in (1000, 9_000_000):
+        folder.write("target", b"old")
+        with pytest.raises(TypeError, match="bytes-like"), folder.output("target") as file:
+            [file.write(part) for part in (LARGE[:size], "no bytes")]
+        assert folder.read("target") == b"old"
+    bucket, _, prefix = folder.root.partition("/")
+    assert "Uploads" not in folder._client.list_multipart_uploads(Bucket=bucket, Prefix=f"{prefix}/")
 
 
 def test_an_upload_that_was_completed_unheard_is_made_again(proxy, direct):

@@ -180,7 +180,7 @@ def test_what_is_written_in_pieces_is_whole_or_not_there(storage, tmp_path):
 
 
 def test_what_is_uploaded_in_pieces_is_whole_or_not_there(s3: S3, monkeypatch):
-    monkeypatch.setattr(module, "UPLOADED_AT_A_TIME", 3_000_000)
+    monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)
     options = StorageOptions(s3_endpoint=s3.endpoint, s3_region="us-east-1")
     written_in_pieces(Storage(f"s3://{s3.bucket}/pieces", options))
 

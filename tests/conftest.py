@@ -114,7 +114,8 @@ def cluster() -> Iterator[Cluster]:
 def _start_head(port: int, dashboard: int, folder: Path) -> subprocess.Popen[bytes]:
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--num-cpus={LOGICAL_CPUS}"]
     command += [f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
-    command += ["--object-store-memory=1000000000", "--disable-usage-stats", "--ray-client-server-port=0"]
+    command += ["--object-store-memory=1000000000", "--disable-usage-stats"]
+    command += [f"--ray-client-server-port={free_port()}"]  # Ray starts its client's server wherever it can
     with open(folder / "head.log", "wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
 

@@ -34,7 +34,7 @@ def conditioning_vector(
     parts = [pooled.float()]  # [B,P]
     for index, name in enumerate(config.conditioning):
         if name not in conditions:
-            raise KeyError(f"condition {name!r} is missing; given: {sorted(conditions)}")
+            raise KeyError(f"condition {name.value} is missing; given: {sorted(map(str, conditions))}")
         values = conditions[name]  # [B,n]
         if values.shape != (batch, name.scalars):
             raise ValueError(f"{name} {tuple(values.shape)}: expected ({batch}, {name.scalars})")

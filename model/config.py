@@ -85,8 +85,10 @@ class UNetConfig:
             raise ValueError(
                 f"transformer_depth {self.transformer_depth} and channel_mult {self.channel_mult} differ in length"
             )
-        for mult, depth in zip(self.channel_mult, self.transformer_depth, strict=True):
-            if (depth or mult == self.channel_mult[-1]) and (self.model_channels * mult) % self.head_channels:
+        _first_is_one(self.channel_mult)
+        last = len(self.channel_mult) - 1  # the middle block, which attends, is as wide
+        for level, (mult, depth) in enumerate(zip(self.channel_mult, self.transformer_depth, strict=True)):
+            if (depth or level == last) and (self.model_channels * mult) % self.head_channels:
                 raise ValueError(
                     f"{self.model_channels * mult} channels do not divide into heads of {self.head_channels}"
                 )
@@ -127,6 +129,7 @@ class VAEConfig:
     """Groups of every GroupNorm."""
 
     def __post_init__(self) -> None:
+        _first_is_one(self.channel_mult)
         for mult in self.channel_mult:
             if (self.channels * mult) % self.norm_groups:
                 raise ValueError(f"{self.channels * mult} channels do not divide into {self.norm_groups} groups")
@@ -135,6 +138,12 @@ class VAEConfig:
     def downsample(self) -> int:
         """Pixels per latent pixel, along one side."""
         return 2 ** (len(self.channel_mult) - 1)
+
+
+def _first_is_one(channel_mult: tuple[int, ...]) -> None:
+    """Raise ValueError for a first level of another width than the network's own, which no public layout can say."""
+    if channel_mult[:1] != (1,):
+        raise ValueError(f"channel_mult {channel_mult} has to begin with 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,10 +219,10 @@ class DiffusionConfig:
     as a whole. SDXL's own schedule keeps a signal there. Needs V: the noise alone says nothing about the image."""
 
     def __post_init__(self) -> None:
-        if self.zero_terminal_snr and self.prediction_type is PredictionType.EPSILON:
+        if self.zero_terminal_snr and self.prediction_type == PredictionType.EPSILON:
             raise ValueError(
                 f"zero_terminal_snr needs prediction_type {PredictionType.V.value!r}: at a signal of 0, "
-                f"{self.prediction_type.value!r} leaves the image undefined"
+                f"{str(self.prediction_type)!r} leaves the image undefined"
             )
 
 
@@ -274,11 +283,11 @@ class DenoiserLossConfig:
         """First and one past the last of the timesteps that timestep_bias names; None where it names none."""
         bias, (first, end) = self.timestep_bias, self.timesteps
         width = round(bias.portion * (end - first))
-        if bias.strategy is TimestepBias.EARLIER:
+        if bias.strategy == TimestepBias.EARLIER:
             return first, first + width
-        if bias.strategy is TimestepBias.LATER:
+        if bias.strategy == TimestepBias.LATER:
             return end - width, end
-        return bias.range if bias.strategy is TimestepBias.RANGE else None
+        return bias.range if bias.strategy == TimestepBias.RANGE else None
 
 
 @dataclass(frozen=True, kw_only=True)

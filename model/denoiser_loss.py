@@ -33,7 +33,7 @@ def min_snr_weight(diffusion: Diffusion, timesteps: Tensor, gamma: float) -> Ten
     """
     alphas_cumprod = diffusion.alphas_cumprod.double()[timesteps.to(diffusion.alphas_cumprod.device)]  # [B]
     capped = gamma * (1.0 - alphas_cumprod)  # [B]
-    if diffusion.config.prediction_type is PredictionType.EPSILON:
+    if diffusion.config.prediction_type == PredictionType.EPSILON:
         return (capped / alphas_cumprod).clamp(max=1.0).to(timesteps.device, torch.float32)
     return torch.minimum(alphas_cumprod, capped).to(timesteps.device, torch.float32)
 

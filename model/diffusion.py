@@ -50,7 +50,7 @@ class Diffusion:
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the network should predict [B,C,h,w]."""
-        if self.config.prediction_type is PredictionType.EPSILON:
+        if self.config.prediction_type == PredictionType.EPSILON:
             return noise
         signal, sigma = self._factors(timesteps, latents)
         return signal * noise - sigma * latents
@@ -58,13 +58,13 @@ class Diffusion:
     def predict_x0(self, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
         """The noise-free latents [B,C,h,w] that a prediction implies."""
         signal, sigma = self._factors(timesteps, noisy_latents)
-        if self.config.prediction_type is PredictionType.EPSILON:
+        if self.config.prediction_type == PredictionType.EPSILON:
             return (noisy_latents - sigma * prediction) / signal
         return signal * noisy_latents - sigma * prediction
 
     def prediction_to_epsilon(self, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
         """The noise [B,C,h,w] that a prediction implies."""
-        if self.config.prediction_type is PredictionType.EPSILON:
+        if self.config.prediction_type == PredictionType.EPSILON:
             return prediction
         signal, sigma = self._factors(timesteps, noisy_latents)
         return signal * prediction + sigma * noisy_latents
@@ -83,12 +83,17 @@ def _to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
 
 
 def gaussian(seed: int, first: int, count: int, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Unit Gaussian noise [count, *shape]; row k depends on (seed, first + k) alone."""
+    """Unit Gaussian noise [count, *shape], one row or more; row k depends on (seed, first + k) alone."""
     rows = [torch.randn(*shape, generator=generator("gaussian", seed, first + k)) for k in range(count)]
     return torch.stack(rows).to(device)
 
 
 def generator(purpose: str, seed: int, index: int) -> torch.Generator:
-    """The CPU's generator of one sample, for one purpose; the hash makes neighbouring indices and seeds unrelated."""
+    """The CPU's generator of one sample, for one purpose; the hash makes neighbouring indices and seeds unrelated.
+
+    Raises ValueError for a seed beyond 64 bits.
+    """
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed {seed} does not fit into 64 bits")
     digest = hashlib.blake2b(struct.pack("<qq", seed, index), digest_size=8, person=purpose.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))

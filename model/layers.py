@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Run = Callable[..., Tensor]
+"""Runs a layer on its inputs: `plainly` or `checkpointed`."""
 
 
 def plainly(layer: nn.Module, *inputs: Tensor) -> Tensor:
@@ -35,9 +36,10 @@ def checkpointed(layer: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 def map_format(device: torch.device) -> torch.memory_format:
-    """How maps lie in memory: channels last on a GPU, whose convolutions read that; weights are best in it, too.
+    """How maps lie in memory: channels last on a GPU, whose convolutions read that.
 
-    Convolutions copy weights of another format at every pass, which took 4% of a small batch's time on a CPU.
+    Who runs a network on a GPU gives its weights that format, too, with `module.to(memory_format=...)`: convolutions
+    copy weights of another format at every pass, which took 4% of a small batch's time on a CPU.
     """
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 

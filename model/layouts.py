@@ -23,6 +23,31 @@ T = TypeVar("T", Tensor, Stored)
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."  # in a single file
 
+UNET_SWITCHES = {  # entries of config.json that change what is computed, and that ours cannot say otherwise
+    "num_attention_heads": None,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "center_input_sample": False,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "mid_block_scale_factor": 1,
+    "only_cross_attention": False,
+    "dual_cross_attention": False,
+    "attention_type": "default",
+    "cross_attention_norm": None,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+}
+
 # diffusers names of the VAE's attention before its version 0.13, which older folders still hold
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -68,7 +93,8 @@ def diffusers_config(config: UNetConfig | VAEConfig) -> dict[str, Any]:
 def agreed_config(found: Mapping[str, Any], config: UNetConfig | VAEConfig, what: str) -> UNetConfig | VAEConfig:
     """`config` where a diffusers config.json says the same; a VAE's scaling factor is the one found there.
 
-    Raises ValueError that names every entry of `what` that says otherwise.
+    Raises ValueError that names every entry of `what` that says otherwise, and those of the shape that are missing,
+    for which diffusers has defaults that are not SDXL's.
     """
     expected = diffusers_config(config)
     expected.pop("transformer_layers_per_block", None)  # unused at levels without attention; the keys tell the depths
@@ -77,11 +103,13 @@ def agreed_config(found: Mapping[str, Any], config: UNetConfig | VAEConfig, what
             raise ValueError(f"{what} has no scaling_factor")
         config = replace(config, scaling_factor=found["scaling_factor"])
         del expected["scaling_factor"]
+        required = _decisive(config).keys() & expected.keys()
         del expected["force_upcast"]  # about fp16, not about what is computed
         expected |= {"shift_factor": None, "latents_mean": None, "latents_std": None}
     else:
-        expected |= {"num_attention_heads": None, "resnet_time_scale_shift": "default"}
-    wrong = {
+        required = _decisive(config).keys() & expected.keys()
+        expected |= UNET_SWITCHES
+    wrong = {key: ("missing", expected[key]) for key in sorted(required - found.keys())} | {
         key: (found[key], value)
         for key, value in expected.items()
         if key in found and _spread(found[key], value) != value

@@ -6,12 +6,12 @@ n steps
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
-from model.config import Spacing
+from model.config import SamplerName, Spacing
 from model.diffusion import Diffusion
 
 
@@ -28,7 +28,8 @@ class NoiseLevels:
         if len(self.sigmas) != len(self.timesteps) + 1:
             raise ValueError(f"{len(self.timesteps)} timesteps need one sigma more, and have {len(self.sigmas)}")
         if self.sigmas[-1] < 0 or any(here <= below for here, below in pairwise(self.sigmas)):
-            raise ValueError(f"noise levels do not descend to 0: timesteps {self.timesteps}, sigmas {self.sigmas}")
+            rising = [pair for pair in pairwise(self.sigmas) if pair[0] <= pair[1]]
+            raise ValueError(f"noise levels do not descend to 0: they go {rising}, and end at {self.sigmas[-1]}")
 
     def split(self, cutoff: float) -> tuple[NoiseLevels, NoiseLevels]:
         """The steps at timesteps >= cutoff, which end where the others start, and those others."""
@@ -51,20 +52,35 @@ class NoiseLevels:
 
 
 def noise_levels(
-    steps: int, spacing: Spacing, diffusion: Diffusion, *, rho: float = 7.0, below: int | None = None
+    steps: int,
+    spacing: Spacing,
+    diffusion: Diffusion,
+    *,
+    sampler: SamplerName = SamplerName.EULER,
+    rho: float = 7.0,
+    below: int | None = None,
 ) -> NoiseLevels:
     """`steps` levels down to 0, spaced over the whole schedule, or over its timesteps below `below`.
 
-    Raises ValueError where there are more steps than timesteps.
+    The published DPM++ 2M has its own: leading timesteps as if there were one step more, which leaves out the lowest
+    one, and timesteps of Karras's levels rounded to the schedule's. Raises ValueError where there are more steps than
+    timesteps.
     """
+    published_dpmpp = sampler == SamplerName.DPMPP_2M
     end = diffusion.config.num_timesteps if below is None else below
+    if end > diffusion.config.num_timesteps:
+        raise ValueError(f"timesteps below {end} of a schedule of {diffusion.config.num_timesteps}")
     if not 1 <= steps <= end:
         raise ValueError(f"{steps} steps over {end} timesteps")
-    if spacing is Spacing.KARRAS:
+    if spacing == Spacing.KARRAS:
         first, last = float(diffusion.sigmas[end - 1]), float(diffusion.sigmas[0])
-        return levels_of(karras_sigmas(steps, first, last, rho), diffusion)
-    timesteps = {Spacing.LEADING: timesteps_leading, Spacing.TRAILING: timesteps_trailing}[spacing]
-    return levels_at(timesteps(steps, end), diffusion)
+        levels = levels_of(karras_sigmas(steps, first, last, rho), diffusion)
+        return replace(levels, timesteps=tuple(map(round, levels.timesteps))) if published_dpmpp else levels
+    if spacing == Spacing.TRAILING:
+        return levels_at(timesteps_trailing(steps, end), diffusion)
+    if published_dpmpp and steps < end:
+        return levels_at(timesteps_leading(steps + 1, end)[:-1], diffusion)
+    return levels_at(timesteps_leading(steps, end), diffusion)
 
 
 def levels_at(timesteps: Sequence[int], diffusion: Diffusion) -> NoiseLevels:
@@ -87,8 +103,7 @@ def levels_of(sigmas: Sequence[float], diffusion: Diffusion) -> NoiseLevels:
 def timesteps_leading(steps: int, num_timesteps: int = 1000, offset: int = 1) -> list[int]:
     """`steps` descending timesteps, evenly spaced from `offset` on, or from below it where they need all timesteps.
 
-    They skip the noisiest. The published pipeline's Euler and DDIM have the same; its DPM++ spaces them as if there
-    were one step more.
+    They skip the noisiest. The published pipeline's Euler and DDIM have the same.
     """
     ratio = num_timesteps // steps
     first = min(offset, num_timesteps - 1 - (steps - 1) * ratio)
@@ -98,7 +113,8 @@ def timesteps_leading(steps: int, num_timesteps: int = 1000, offset: int = 1) ->
 def timesteps_trailing(steps: int, num_timesteps: int = 1000) -> list[int]:
     """`steps` descending timesteps, evenly spaced and starting at the noisiest (arXiv 2305.08891, 3.3).
 
-    For 50 steps they are those of sgm's default.
+    For 50 steps they are those of sgm's default. diffusers adds the spacing up, and where a timestep lies half-way, as
+    some of 48 steps do, it may take the next one.
     """
     return [round(num_timesteps - k * num_timesteps / steps) - 1 for k in range(steps)]
 

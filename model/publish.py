@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,14 @@ def write_pipeline(
         "vae": diffusers_config(model.vae) | {"sample_size": resolution},
         **{part: transformers_config(tower) for part, tower in towers.items()},
     }
+
+    def told(part: str, key: str) -> None:
+        wrote(part)
+
     for part, state in pipeline_parts(model).items():
         (folder / part).mkdir(parents=True)
         name = "model.safetensors" if part in towers else "diffusion_pytorch_model.safetensors"
-        write_file(folder / part / name, state, {"format": "pt"}, lambda key, part=part: wrote(part))  # type: ignore[misc]
+        write_file(folder / part / name, state, {"format": "pt"}, partial(told, part))
         write_json(folder / part / CONFIG, configs[part])
         if part in towers:
             write_tokenizer(folder / part.replace("text_encoder", "tokenizer"), towers[part])
@@ -171,6 +176,8 @@ def scheduler_config(config: DiffusionConfig) -> dict[str, Any]:
 def read_scheduler(values: Mapping[str, Any], what: str) -> DiffusionConfig:
     """The noise schedule of a scheduler_config.json. Raises ValueError for one that ours cannot say."""
     predictions = {name: own for own, name in PREDICTIONS.items()}
+    if absent := sorted({"num_train_timesteps", "beta_start", "beta_end"} - values.keys()):
+        raise ValueError(f"{what} does not say {absent}")
     prediction = values.get("prediction_type", "epsilon")
     schedule = values.get("beta_schedule", "linear")
     if prediction not in predictions or schedule != "scaled_linear" or values.get("trained_betas") is not None:
@@ -188,7 +195,10 @@ def read_scheduler(values: Mapping[str, Any], what: str) -> DiffusionConfig:
 
 
 def write_tokenizer(folder: Path, tower: TextTowerConfig) -> None:
-    """CLIP's tokenizer as transformers reads it, padding with the tower's token."""
+    """CLIP's tokenizer as transformers reads it, padding with the tower's token.
+
+    It gives our tokens but for what `tokenize` says.
+    """
     from transformers import CLIPTokenizer
 
     source = open_clip_tokenizer()

@@ -28,11 +28,16 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # the names that safetensors gives to what public files hold
+COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the types that networks run in
 SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")  # how names of weight files end
 VARIANTS = ("", ".fp16")  # of a folder's weights, by preference
 IGNORED = ("model_ema.", "position_ids")  # some published files hold averages and constants that no network reads
@@ -99,7 +104,12 @@ def joined(parts: Sequence[Stored]) -> Stored:
 
 
 def read_file(path: Name, allow_pickle: bool = False) -> dict[str, Stored]:
-    """What a file of weights holds. Raises ValueError for a pickle, unless `allow_pickle`, and for a damaged file."""
+    """What a file of weights holds.
+
+    Raises FileNotFoundError, and ValueError for a pickle, unless `allow_pickle`, and for a damaged file.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no weights at {path}: there is no such file or folder")
     if os.fspath(path).endswith(SAFETENSORS):
         return _read_safetensors(path)
     if not allow_pickle:
@@ -149,7 +159,8 @@ def weight_files(
                     )
                 if found:
                     return found
-    raise FileNotFoundError(f"{folder} holds no weights in safetensors; it holds {sorted(names)}")
+    expected = [f"{stem}{variant}.safetensors" for stem, _ in forms for variant in VARIANTS]
+    raise FileNotFoundError(f"{folder} holds none of {expected}, whole or in shards; it holds {sorted(names)}")
 
 
 def read_metadata(path: Name) -> dict[str, str]:
@@ -217,10 +228,16 @@ def fill(
     """Give a module that was built on the meta device its parameters, one at a time.
 
     They come in `dtype`, or their own where None. The peak is one model and one tensor. Raises ValueError that lists
-    every key of `what` that does not fit.
+    every key of `what` that does not fit, and for types that no network runs in, or several where `dtype` is None.
     """
+    names = [name for name, _ in module.named_parameters()]
     check_keys(what, shapes(state), shapes(dict(module.named_parameters())))
-    for key in [name for name, _ in module.named_parameters()]:
+    if whole := {key: str(state[key].dtype) for key in names if not state[key].dtype.is_floating_point}:
+        raise ValueError(f"{what} holds weights that are no floating-point numbers: {whole}")
+    types = {state[key].dtype for key in names}
+    if dtype is None and (len(types) > 1 or not types.issubset(COMPUTED)):
+        raise ValueError(f"{what} holds weights of {sorted(map(str, types))}: name one type to load them in")
+    for key in names:
         owner, _, attribute = key.rpartition(".")
         value = nn.Parameter(state[key].read().to(device, dtype))
         setattr(module.get_submodule(owner), attribute, value)

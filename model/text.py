@@ -27,7 +27,7 @@ from model.text_weights import LOGIT_SCALE, read_bigg, read_clip_l
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of each tower, int64 [B,T]; they differ in their padding alone."""
+    """Token ids of each tower, int64 [B,T]; ours differ in their padding alone."""
 
     clip_l: Tensor
     bigg: Tensor
@@ -49,6 +49,10 @@ def tokenize(captions: Sequence[str], config: TextConfig) -> Tokens:
     """Tokens of captions: start, byte pairs, end, then the tower's pad token up to 77.
 
     A longer caption is cut, and its last token is the end of text.
+
+    The text is cleaned as for CLIP's training (ftfy, HTML entities, white space), as open_clip does and the published
+    SDXL did. transformers' CLIPTokenizer, in a diffusers pipeline, does not clean it, and takes bigG's pad token "!"
+    for one wherever it stands: a curly apostrophe, "&amp;" or "!" gives other tokens there, and another picture.
     """
     if isinstance(captions, str):
         raise TypeError("captions is one string; expected a sequence of them")
@@ -239,8 +243,8 @@ def _on_meta(config: TextConfig) -> TextEncoders:
 def open_clip_tokenizer() -> Any:
     """CLIP's byte pairs. The module is loaded by its file: its package imports image models, for six seconds more."""
     package = importlib.util.find_spec("open_clip")
-    assert package is not None
-    assert package.origin is not None
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("CLIP's vocabulary comes with open_clip: pip install open_clip_torch")
     spec = importlib.util.spec_from_file_location("open_clip_tokenizer", Path(package.origin).with_name("tokenizer.py"))
     assert spec is not None
     assert spec.loader is not None

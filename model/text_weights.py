@@ -62,8 +62,8 @@ def read_clip_l(tower: TextTowerConfig, source: str, allow_pickle: bool = False)
 def read_bigg(tower: TextTowerConfig, source: str, allow_pickle: bool = False) -> dict[str, Stored]:
     """bigG's text weights in open_clip's names, with `logit_scale` where the source holds it.
 
-    `source`: a single file of base or refiner, an open_clip file or "model:tag", a folder of a pipeline or of a
-    CLIPTextModelWithProjection, or the name of one on the hub. As `read_clip_l`.
+    `source`: a single file of base or refiner, an open_clip file or "model:tag", a file or folder of a
+    CLIPTextModelWithProjection, a pipeline's folder, or the name of one on the hub. As `read_clip_l`.
     """
     if not os.path.exists(source) and ":" in source:
         source = _open_clip_file(source)
@@ -72,6 +72,8 @@ def read_bigg(tower: TextTowerConfig, source: str, allow_pickle: bool = False) -
         for prefix in BIGG_PREFIXES:
             if any(key.startswith(prefix) for key in state):
                 return below(state, prefix)
+        if any(key.startswith(TEXT_MODEL) for key in state):
+            return from_transformers(state)
         return {
             key.removeprefix("module.").removeprefix("text."): value
             for key, value in below(state, "").items()
@@ -146,7 +148,6 @@ def transformers_config(tower: TextTowerConfig) -> dict[str, Any]:
         "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
         "model_type": "clip_text_model",
         **_decisive(tower),
-        "layer_norm_eps": 1e-5,
         "projection_dim": tower.projection_dim or tower.width,
         "bos_token_id": START_OF_TEXT,
         "eos_token_id": END_OF_TEXT,
@@ -163,6 +164,7 @@ def _decisive(tower: TextTowerConfig) -> dict[str, Any]:
         "hidden_act": tower.activation,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": CONTEXT_LENGTH,
+        "layer_norm_eps": 1e-5,
     }
 
 

@@ -34,8 +34,8 @@ def decode_tiled(vae: VAE, unscaled_latents: Tensor, tile: int = 1024, overlap: 
     """The image [B,3,H,W], as `VAE.decode`, of unscaled latents [B,Z,h,w]; `tile` and `overlap` in image pixels.
 
     `tile` is the side of a square tile, and neighbours share at least `overlap`; an image of at most a tile's area is
-    decoded whole. Raises ValueError unless both are
-    multiples of the VAE's reduction and 0 < overlap <= tile / 2. The VAE may not be used elsewhere meanwhile.
+    decoded whole. Raises ValueError unless both are multiples of the VAE's reduction and 0 < overlap <= tile / 2. The
+    VAE may not be used elsewhere meanwhile.
     """
     down = vae.config.downsample
     _check(tile, overlap, down)

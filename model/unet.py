@@ -2,8 +2,9 @@
 
 Its state dict has the keys of the published single files behind their prefix `model.diffusion_model.`.
 
-B batch, C latent channels, h w latent height and width, M channels of a level, T text tokens, D text width,
-V width of the conditioning vector, E width of the time embedding
+B batch, C latent channels, h w latent height and width, l number of a level and L of the last, M channels of a level
+and M' of the skip that joins it, M0 those of the first level, T text tokens, D text width, V width of the conditioning
+vector, E width of the time embedding
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class UNet(nn.Module):
         for level, width in enumerate(levels):
             for _ in range(config.num_res_blocks):
                 self.input_blocks.append(
-                    Block([_res(config, channels, width), *_attention(config, width, config.transformer_depth[level])])
+                    Block(
+                        [_res(config, channels, width), *_transformer(config, width, config.transformer_depth[level])]
+                    )
                 )
                 channels = width
                 skips.append(channels)
@@ -64,7 +67,7 @@ class UNet(nn.Module):
         self.middle_block = Block(
             [
                 _res(config, channels, channels),
-                *_attention(config, channels, config.middle_depth),
+                *_transformer(config, channels, config.middle_depth),
                 _res(config, channels, channels),
             ]
         )
@@ -74,7 +77,7 @@ class UNet(nn.Module):
             for index in range(config.num_res_blocks + 1):
                 block = [
                     _res(config, channels + skips.pop(), width),
-                    *_attention(config, width, config.transformer_depth[level]),
+                    *_transformer(config, width, config.transformer_depth[level]),
                 ]
                 channels = width
                 if level != 0 and index == config.num_res_blocks:
@@ -113,6 +116,8 @@ class UNet(nn.Module):
 
     def _check(self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor) -> None:
         config = self.config
+        if noisy_latents.ndim != 4:
+            raise ValueError(f"latents {tuple(noisy_latents.shape)}: expected [B,{config.latent_channels},h,w]")
         batch, channels, height, width = noisy_latents.shape
         if channels != config.latent_channels or height % config.downsample or width % config.downsample:
             raise ValueError(
@@ -150,7 +155,7 @@ def _res(config: UNetConfig, channels: int, out_channels: int) -> nn.Module:
     return ResBlock(channels, out_channels, config.time_embed_dim, config.norm_groups)
 
 
-def _attention(config: UNetConfig, channels: int, depth: int) -> list[nn.Module]:
+def _transformer(config: UNetConfig, channels: int, depth: int) -> list[nn.Module]:
     """A transformer of this depth, or nothing where the depth is 0."""
     if depth == 0:
         return []

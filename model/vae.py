@@ -45,7 +45,7 @@ class VAE(nn.Module):
         In float16 it raises NotFiniteError, a FloatingPointError, for samples that overflow.
         """
         side = self.config.downsample
-        if image.shape[1] != 3 or image.shape[2] % side or image.shape[3] % side:
+        if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % side or image.shape[3] % side:
             raise ValueError(f"image {tuple(image.shape)}: expected 3 channels and sides that are multiples of {side}")
         image = image.to(self.quant_conv.weight.dtype, memory_format=map_format(image.device))  # [B,3,H,W]
         hidden = self.encoder(image, self._run())  # [B,2Z,h,w]
@@ -56,8 +56,12 @@ class VAE(nn.Module):
     def decode(self, unscaled_latents: Tensor) -> Tensor:
         """The image [B,3,H,W], about in [-1, 1] (not clamped), of unscaled latents [B,Z,h,w].
 
-        In float16 it raises NotFiniteError, a FloatingPointError, for samples that overflow.
+        Raises ValueError for another shape. In float16 it raises NotFiniteError, a FloatingPointError, for samples that
+        overflow.
         """
+        channels = self.config.latent_channels
+        if unscaled_latents.ndim != 4 or unscaled_latents.shape[1] != channels:
+            raise ValueError(f"latents {tuple(unscaled_latents.shape)}: expected [B,{channels},h,w]")
         dtype, memory_format = self.post_quant_conv.weight.dtype, map_format(unscaled_latents.device)
         latents = self.post_quant_conv(unscaled_latents.to(dtype, memory_format=memory_format))  # [B,Z,h,w]
         return require_finite(self.decoder(latents, self._run()), "the VAE's decoder")  # [B,3,H,W]
@@ -199,6 +203,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        # "nin", network in network, is the published name of a 1 x 1 convolution.
         self.nin_shortcut = None if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -223,7 +228,10 @@ class MapAttention(nn.Module):
         """[B,C,h,w] to [B,C,h,w]."""
         normed = self.norm(x)  # [B,C,h,w]
         q, k, v = (
-            layer(normed).flatten(2).transpose(1, 2).contiguous()[:, None]  # [B,1,hw,C]; fused attention needs it so
+            layer(normed)
+            .flatten(2)
+            .transpose(1, 2)
+            .contiguous()[:, None]  # [B,1,hw,C]; of strided tokens torch would build hw x hw
             for layer in (self.q, self.k, self.v)
         )
         mixed = F.scaled_dot_product_attention(q, k, v)[:, 0]  # [B,hw,C]

@@ -228,12 +228,19 @@ def _own_config(path: Name, kind: Kind, config: UNetConfig | VAEConfig | None) -
     if isinstance(found, VAEConfig) and isinstance(config, VAEConfig):
         expected = replace(config, scaling_factor=found.scaling_factor)
     if expected is not None and found != expected:
-        raise ValueError(f"{path} holds {found}, not {expected}")
+        differ = {
+            name: (value, asdict(expected)[name])
+            for name, value in asdict(found).items()
+            if value != asdict(expected)[name]
+        }
+        raise ValueError(f"{path} holds another network (found, expected): {differ}")
     return found
 
 
 def _behind(path: Name, prefix: str, allow_pickle: bool) -> dict[str, Stored]:
     """A network's part of a single file; all of a file that holds it alone, without a prefix."""
     state = read_file(path, allow_pickle)
+    if any("down_blocks." in key for key in state):
+        raise ValueError(f"{path} has diffusers' names: name its folder, whose {CONFIG} says the network's shape")
     whole = any(key.startswith((*PREFIXES.values(), "conditioner.")) for key in state)
     return below(state, prefix if whole else "")

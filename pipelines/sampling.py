@@ -76,7 +76,7 @@ def generate(  # noqa: PLR0917 (the parts of a run, in the order that it needs t
 
     Raises ValueError where sampler or SDEdit add noise and there is no `step_noise`.
     """
-    levels = noise_levels(config.steps, config.spacing, diffusion)
+    levels = noise_levels(config.steps, config.spacing, diffusion, sampler=config.sampler)
     x = initial_noise(noise, levels)
     if refiner is not None and config.refiner == "ensemble" and config.handover > 0:
         return sample_ensemble(
@@ -115,9 +115,9 @@ def refine(  # noqa: PLR0917 (as generate)
 def _refiner_levels(diffusion: Diffusion, config: SamplingConfig) -> NoiseLevels:
     """The last steps by strength; in an ensemble, as many as lie below the hand-over, and at least one."""
     if config.refiner == "sdedit":
-        return noise_levels(config.steps, config.spacing, diffusion).tail(config.strength)
+        return noise_levels(config.steps, config.spacing, diffusion, sampler=config.sampler).tail(config.strength)
     steps = max(1, round(config.steps * config.handover / diffusion.config.num_timesteps))
-    return noise_levels(steps, config.spacing, diffusion, below=config.handover)
+    return noise_levels(steps, config.spacing, diffusion, sampler=config.sampler, below=config.handover)
 
 
 def _guided(unet: UNet, diffusion: Diffusion, positive: Told, negative: Told, guidance: Guidance) -> Denoise:

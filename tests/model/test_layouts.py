@@ -314,6 +314,24 @@ def test_the_published_configs_are_understood_as_lists_and_as_numbers():
         agreed_config({}, vae, "config.json")
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [{"center_input_sample": True}, {"mid_block_scale_factor": 2}, {"timestep_post_act": "silu"}, "attention_head_dim"],
+)
+def test_what_a_config_says_otherwise_or_not_at_all_is_refused(entry):
+    config = UNET_PRESETS["base"]
+    found = diffusers_config(config)
+    found = found | entry if isinstance(entry, dict) else {key: found[key] for key in found if key != entry}
+    with pytest.raises(ValueError, match=entry if isinstance(entry, str) else next(iter(entry))):
+        agreed_config(found, config, "config.json")
+
+
+def test_a_first_level_of_another_width_is_refused():
+    for config in (UNET_PRESETS["tiny-base"], VAE_PRESETS["tiny"]):
+        with pytest.raises(ValueError, match="has to begin with 1"):
+            dataclasses.replace(config, channel_mult=(2, *config.channel_mult[1:]))
+
+
 def test_a_vaes_old_attention_names_are_understood(networks):
     _, vae, _ = networks["base"]
     state = to_diffusers(vae.state_dict(), vae.config)

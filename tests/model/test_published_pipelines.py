@@ -226,7 +226,7 @@ def published(networks, sampling, negatives=None, *, count=2, diffusion=DIFFUSIO
     networks.pipeline.scheduler = scheduler(sampling, diffusion)
     noise = NOISE[:count]
     if sampling.spacing is Spacing.KARRAS:  # there it starts from sigma times the noise, without x0's own variance
-        levels = noise_levels(sampling.steps, sampling.spacing, diffusion)
+        levels = noise_levels(sampling.steps, sampling.spacing, diffusion, sampler=sampling.sampler)
         noise = initial_noise(noise, levels) / levels.sigmas[0]
     return networks.pipeline(
         PROMPTS[:count],
@@ -373,8 +373,7 @@ def test_an_ensemble_hands_over_as_the_published_pipelines_do(networks, relative
 
 @pytest.mark.parametrize("sampler", SamplerName)
 def test_a_refiner_by_sdedit_goes_back_over_the_bases_latents(networks, relative_error, asked, sampler):
-    spacing = Spacing.TRAILING if sampler is SamplerName.DPMPP_2M else Spacing.LEADING
-    sampling = replace(BOTH, sampler=sampler, spacing=spacing, refiner="sdedit", strength=0.45)
+    sampling = replace(BOTH, sampler=sampler, spacing=Spacing.LEADING, refiner="sdedit", strength=0.45)
     latents = published(networks, sampling, NEGATIVES, output_type="latent")
     asked["first"] = sampling.steps  # after the base's, whether it has asked for them or not
     expected = published_refined(networks, sampling, latents, NEGATIVES, strength=0.45)
@@ -402,7 +401,7 @@ def test_an_image_to_image_run_of_the_base(networks, relative_error, monkeypatch
         posterior = networks.vae.encode(image)
     latents = scale(posterior.mean, posterior.std, drawn_latents, VAE_CONFIG.scaling_factor)
     positive, negative = (told(networks, texts, PLAIN) for texts in (PROMPTS, NEGATIVES))
-    levels = noise_levels(SAMPLING.steps, SAMPLING.spacing, DIFFUSION).tail(0.6)
+    levels = noise_levels(SAMPLING.steps, SAMPLING.spacing, DIFFUSION, sampler=SAMPLING.sampler).tail(0.6)
     base = base_denoiser(networks.base, DIFFUSION, positive, negative, SAMPLING)
     found = decoded(networks, sample(base, noised(latents, FRESH(0), levels), levels))
     assert relative_error(found, expected) < 1e-4

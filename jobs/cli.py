@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import tomllib
 import traceback
@@ -19,12 +20,14 @@ from pydantic import TypeAdapter, ValidationError
 from jobs.config import Job
 from jobs.remedies import remedy
 from pipelines.config import HIDDEN, without_secrets
+from pipelines.version import started_module
 
 J = TypeVar("J", bound=Job)
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 USAGE_ERROR, FAILURE = 2, 1  # exit codes: nothing was started; something failed on its way
 LOOK, HELD = 3, 4  # done, and a person should look at it; not done, until a person has looked
+KNOCK_SECONDS = 20.0  # longest wait for a cluster's head to take a connection
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 PATHS = ("output", "index", "latents", "path", "file", "parquet", "trunk", "heads")  # settings that are paths
 SECRETS = (  # environment variables that no message tells
@@ -40,8 +43,9 @@ WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the outbox tries again, and work goes on meanwhile
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the outbox tries again, after it has asked what has arrived
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with its password; pipelines/tracking.py tells it without
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
@@ -67,7 +71,7 @@ def main(
     A job without `needs_ray` runs in this process alone, or starts Ray itself when there is work for it.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m {_module()}",
+        prog=f"python -m {started_module()}",
         description=kind.__doc__,
         epilog="Each override names a setting by its dotted path, e.g. optimizer.lr=3e-5; values are TOML.",
     )
@@ -137,12 +141,24 @@ def start_ray(job: Job) -> None:
         return
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # the plan of every dataset, in the middle of a bar
     joins = job.ray.address is not None or "RAY_ADDRESS" in os.environ
+    _knock(job.ray.address or os.environ.get("RAY_ADDRESS", ""))
     ray.init(
         address=job.ray.address if joins else "local",
         num_cpus=None if joins else job.ray.cpus,
         logging_level=logging.WARNING,
         runtime_env={"env_vars": {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}},
     )
+
+
+def _knock(address: str) -> None:
+    """Raise JobError where nobody listens at HOST:PORT; Ray itself tries that for many minutes without a word."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdecimal():
+        return  # "auto", and what else Ray finds by itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
+    except OSError as error:
+        raise JobError(f"ray.address: nobody answers at {address}: {error}") from error
 
 
 def check_resources(job: Job, key: str, **asked: float) -> None:
@@ -255,12 +271,6 @@ def _refuse_lost_outputs(kind: type[Job], values: Mapping[str, Any]) -> None:
             f"{', '.join(lost)}: a submitted job runs in a temporary copy of its directory; "
             "give absolute paths or s3:// (for tracking.uri a server, or sqlite:////absolute/path.db)"
         )
-
-
-def _module() -> str:
-    """The module that was started, e.g. jobs.preprocess."""
-    spec = sys.modules["__main__"].__spec__
-    return spec.name if spec else "jobs"
 
 
 def _interrupt(number: int, frame: object) -> None:

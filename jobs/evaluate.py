@@ -79,7 +79,7 @@ def _mlflow_run(job: EvaluateJob, uri: str) -> Iterator[Run]:
         return
     index = Storage(job.evaluate.index, job.storage)
     inputs = [Lineage(name="index", uri=index.uri, manifest=require_manifest(index, "index"))]
-    name = job.tracking.run_name or "evaluate"
+    name = job.tracking.run_name
     output = Storage(job.output, job.storage)
     send_left(uri, output)
     tracked = open_run(uri, stage="evaluate", name=name, config=settings(job), inputs=inputs, output=output)

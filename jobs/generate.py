@@ -25,7 +25,7 @@ def run(job: GenerateJob) -> None:
         inputs = [Lineage(name="index", uri=index.uri, manifest=require_manifest(index, "index"))]
     uri = tracking_uri(job.tracking)
     send_left(uri, output)
-    name = job.tracking.run_name or "generate"
+    name = job.tracking.run_name
     tracked = open_run(uri, stage="generate", name=name, config=settings(job), inputs=inputs, output=output)
     begun = time.perf_counter()
     with closing(tracked):

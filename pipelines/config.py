@@ -137,7 +137,7 @@ class TrackingConfig:
     uri: str | None = None
     """Tracking URI; None is a SQLite file, mlflow.db, in the directory the job is started from."""
     run_name: str | None = None
-    """Name of the run; None names it after its stage."""
+    """Name of the run; None takes the last part of what it makes: base-512 of s3://bucket/runs/base-512."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +205,18 @@ EXPERIMENTS: Mapping[str, str] = {
     stage: f"sdxl-{stage}" for stage in ("index", "latents", "vae", "base", "refiner", "generate", "evaluate")
 }
 """MLflow experiment of each stage."""
+EXPERIMENT_NOTES: Mapping[str, str] = {
+    "index": "Every input image, its size, bucket and verdict. A run is one call that found something new; its "
+    "artifact report.html shows what became of the images.",
+    "latents": "VAE latents and text embeddings of the kept images. A run is one call that made some; its artifact "
+    "report.html has counts, times and failures.",
+    "vae": "Training of the autoencoder. A run is one output folder, however often it was stopped and went on.",
+    "base": "Training of the base. A run is one output folder, however often it was stopped and went on.",
+    "refiner": "Training of the refiner. A run is one output folder, however often it was stopped and went on.",
+    "generate": "Pictures of prompts. A run is one call.",
+    "evaluate": "Figures of networks that belong to no run here; those of a run stand with the run.",
+}
+"""What a person reads above each."""
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,16 +13,19 @@ from typing import Any
 
 from PIL import Image
 
-from pipelines.config import EXPERIMENTS, flat, without_secrets
+from pipelines.config import EXPERIMENT_NOTES, EXPERIMENTS, HIDDEN, flat, without_secrets
 from pipelines.outbox import Entry, RefusedError
 from pipelines.storage import Storage
 
 CLOCK = "images_seen"  # the metric that says how far a curve goes
 EXPERIMENT_KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"  # which kind of page MLflow shows
+WORKFLOW = "workflowType=machine_learning"  # the same in the address of a run
 DESCRIPTION = "mlflow.note.content"
 KEY_TAG = "sdxl.key"  # by which a run is found whose id is not known yet
 FOLDER = "tracking"
+MODEL_NOTE = "A version is a training run at its end. Its weights stay in the run's folder, which the version names."
 MODEL, NEWEST = "model", "newest"  # folder of a version's files; the alias ("latest" is MLflow's own)
+PICTURES, JPEG_QUALITY = "pictures", 92  # folder of plain pictures, which browsers and MLflow's viewer open
 PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # the server's limits
 REFUSALS = (400, 409, 413, 422)  # HTTP: about what was said, not about the server or the way there
 DENIALS = (401, 403, 404)  # a mistake in the address or the password, if it is there from the start
@@ -63,6 +66,8 @@ class Post:
 
         self.ticket = ticket
         self.opening = False  # whether a person waits who can mend a wrong address or password
+        self.page: str | None = None
+        """Where a person sees the run, once a server has answered."""
         self._client: Any = MlflowClient(tracking_uri=ticket.uri)  # speaks to no server, and opens a database
         self._sure = False  # whether the server has just what was sent
         self._asked = self._last = -1  # images seen of its last point, when it was asked, and now
@@ -90,7 +95,9 @@ class Post:
             raise LookupError(f"no run of {EXPERIMENTS[self.ticket.stage]} is tagged {KEY_TAG} = {self.ticket.key}")
         self.ticket = replace(self.ticket, run_id=run_id)
         if not sure:
-            self._asked = self._last = int(client.get_run(run_id).data.metrics.get(CLOCK, -1))
+            run = client.get_run(run_id)
+            self._asked = self._last = int(run.data.metrics.get(CLOCK, -1))
+            self.page = self._page(run.info)
         if first.kind == "point":
             points = [entry.data for entry in itertools.takewhile(lambda entry: entry.kind == "point", entries)]
             new = [metric for point in points if point["step"] > self._last for metric in _metrics(point)]
@@ -100,9 +107,7 @@ class Post:
             return len(points)
         old = first.kind == "image" and (data["step"] <= self._asked or data.get("again", False))
         if first.kind == "image" and not (old and self._has_image(run_id, data)):
-            picture = Image.open(io.BytesIO(first.blob or b""))
-            place = {"key": data["key"], "step": data["step"], "timestamp": data["time"]}
-            client.log_image(run_id, picture, **place, synchronous=True)
+            _log_picture(client, run_id, data, first.blob or b"")
         elif first.kind == "artifact":
             _log_file(client, run_id, data["name"], first.blob or b"")
         elif first.kind == "numbers":
@@ -142,6 +147,13 @@ class Post:
         _log_inputs(client, run_id, data["inputs"])
         return run_id
 
+    def _page(self, info: Any) -> str | None:
+        """The run's address in a browser, without a password; None where there is no server."""
+        if not self.ticket.uri.startswith("http"):
+            return None
+        address = str(without_secrets(self.ticket.uri)).replace(f"{HIDDEN}@", "").rstrip("/")
+        return f"{address}/#/experiments/{info.experiment_id}/runs/{info.run_id}?{WORKFLOW}"
+
     def _experiment(self) -> str:
         client, uri, stage = self._client, self.ticket.uri, self.ticket.stage
         experiment = client.get_experiment_by_name(EXPERIMENTS[stage])
@@ -150,7 +162,9 @@ class Post:
         local = uri.startswith("sqlite:///")
         artifacts = f"file://{os.path.dirname(uri.removeprefix('sqlite:///'))}/{LOCAL_ARTIFACTS}" if local else None
         made = client.create_experiment(
-            EXPERIMENTS[stage], artifact_location=artifacts and f"{artifacts}/{stage}", tags={EXPERIMENT_KIND: TRAINING}
+            EXPERIMENTS[stage],
+            artifact_location=artifacts and f"{artifacts}/{stage}",
+            tags={EXPERIMENT_KIND: TRAINING, DESCRIPTION: EXPERIMENT_NOTES[stage]},
         )
         return str(made)
 
@@ -184,7 +198,7 @@ def _register(client: Any, run_id: str, name: str, data: Mapping[str, Any]) -> N
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(name, description=MODEL_NOTE)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -194,8 +208,21 @@ def _register(client: Any, run_id: str, name: str, data: Mapping[str, Any]) -> N
     version = next((v.version for v in there if v.tags.get("images_seen") == tags["images_seen"]), None)
     if version is None:
         source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL}"
-        version = client.create_model_version(name, source, run_id, tags=tags).version
+        note = f"{data['images_seen']} images, weights in `{data['weights']}`"
+        version = client.create_model_version(name, source, run_id, tags=tags, description=note).version
     client.set_registered_model_alias(name, NEWEST, version)
+
+
+def _log_picture(client: Any, run_id: str, data: Mapping[str, Any], png: bytes) -> None:
+    """A picture for the grids of the charts, and before it once more as a plain file, which opens by a click.
+
+    MLflow's grid shows nothing at step 0, where it starts, and below all of the run's parameters.
+    """
+    picture, plain = Image.open(io.BytesIO(png)), io.BytesIO()
+    picture.convert("RGB").save(plain, "JPEG", quality=JPEG_QUALITY)
+    _log_file(client, run_id, f"{PICTURES}/{data['key']}/{data['step']:010d}.jpg", plain.getvalue())
+    place = {"key": data["key"], "step": data["step"], "timestamp": data["time"]}
+    client.log_image(run_id, picture, **place, synchronous=True)
 
 
 def _log_file(client: Any, run_id: str, name: str, data: bytes) -> None:

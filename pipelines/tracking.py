@@ -57,7 +57,7 @@ def open_run(
     uri: str,
     *,
     stage: str,
-    name: str,
+    name: str | None,
     config: Mapping[str, Any],
     inputs: Sequence[Lineage],
     output: Storage,
@@ -66,8 +66,9 @@ def open_run(
 ) -> Run:
     """Start a run of a stage, or go on with the one that has `key` and, if it was ever known, `run_id`.
 
-    A new run gets the configuration as parameters and as the artifact config.json, and its input datasets. Where the
-    server does not answer, that is said, and the run is opened when it does. Raises ValueError where it refuses.
+    A new run gets the configuration as parameters and as the artifact config.json, and its input datasets; without a
+    name it takes the last part of its output's address. Where the server does not answer, that is said, and the run is
+    opened when it does. Raises ValueError where it refuses.
     """
     ticket = Ticket(uri=uri, stage=stage, key=key or uuid.uuid4().hex, run_id=run_id, output=output)
     try:
@@ -78,7 +79,7 @@ def open_run(
         run.outbox.load()
         run._tell("status", status="RUNNING")
     else:
-        run._tell("open", **_opening(stage, name, without_secrets(config), inputs))
+        run._tell("open", **without_secrets(_opening(stage, name, config, inputs, output)))
     run.start()
     return run
 
@@ -188,6 +189,8 @@ class Run:
         if self.outbox.refused:
             self.outbox.stop()
             raise ValueError(f"tracking.uri: {self.ticket.server} refuses: {self.outbox.refused[0]}")
+        if self._post.page is not None:
+            print(f"{self.ticket.stage}: {self._post.page}")
 
     def keep(self) -> None:
         """Make sure that what was told outlives this process: sent, or on storage."""
@@ -262,9 +265,12 @@ class Tracker(Run):
         self.outbox.stop()
 
 
-def _opening(stage: str, name: str, config: Mapping[str, Any], inputs: Sequence[Lineage]) -> dict[str, Any]:
+def _opening(
+    stage: str, name: str | None, config: Mapping[str, Any], inputs: Sequence[Lineage], output: Storage
+) -> dict[str, Any]:
     """All that a run starts with, as JSON."""
-    read = ", ".join(f"{item.name} {item.manifest.digest} ({item.manifest.rows} rows) in {item.uri}" for item in inputs)
+    made = output.uri.rstrip("/")
+    read = [f"{item.name} `{item.manifest.digest}` ({item.manifest.rows} rows) in `{item.uri}`" for item in inputs]
     datasets = [
         {
             "name": item.name,
@@ -277,9 +283,9 @@ def _opening(stage: str, name: str, config: Mapping[str, Any], inputs: Sequence[
         for item in inputs
     ]
     return {
-        "name": name,
-        "description": stage + (f", from {read}" if read else ""),
+        "name": name or made.rpartition("/")[2],
+        "description": "  \n".join([f"makes `{made}`", *(f"from {item}" for item in read)]),
         "config": json.loads(json.dumps(config, default=str)),
         "inputs": datasets,
-        "tags": code_tags(),
+        "tags": {"output": made} | {f"from.{item.name}": item.uri for item in inputs} | code_tags(),
     }

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
+import json
 import shutil
-import signal
-import subprocess
-import sys
+import socket
+import threading
 import time
-import urllib.request
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,40 +19,44 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from pipelines import tracking
+from jobs.cli import WORKER_ENVIRONMENT
+from pipelines import outbox, tracking
 from pipelines.storage import Storage
 from pipelines.tracking import Tracker, closing, joined, open_run, send_left
 from tests.conftest import free_port
+from tests.servers import mlflow_server
+
+
+def server(folder: Path, port: int) -> AbstractContextManager[None]:
+    """A server of its own SQLite file."""
+    store = ("--backend-store-uri", f"sqlite:///{folder}/server.db")
+    return mlflow_server(folder, port, *store, "--artifacts-destination", str(folder / "artifacts"))
 
 
 @contextmanager
-def server(folder: Path, port: int) -> Iterator[None]:
-    """`mlflow server`, as a person starts it; ended by kill -9."""
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/server.db"]
-    command += ["--artifacts-destination", str(folder / "artifacts"), "--port", str(port), "--workers", "1"]
-    with open(folder / "server.log", "ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=log,
-            cwd=folder,
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # nine more processes
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 150
-        while True:
-            up = process.poll() is None and time.monotonic() < deadline
-            assert up, (folder / "server.log").read_text()[-2000:]
+def mute(answer: bytes) -> Iterator[int]:
+    """A port that takes every call and never ends its answer: it sends `answer` once a tenth of a second."""
+    listening, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def serve() -> None:
+        calls = []
+        listening.settimeout(0.1)
+        while not over.is_set():
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield
+                calls.append(listening.accept()[0])
+            except TimeoutError:
+                for call in calls:
+                    with suppress(OSError):  # who called has hung up
+                        call.sendall(answer)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield listening.getsockname()[1]
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        over.set()
+        thread.join()
+        listening.close()
 
 
 def kept(output: Path) -> list[Path]:
@@ -115,7 +118,7 @@ def test_what_a_run_is_told_while_its_server_is_gone_arrives_in_the_end_once(tmp
         assert page.data.params == {"lr": "0.0001", "secret": "http://***@host"}
         pictures = [file.path for file in client.list_artifacts(page.info.run_id, "images")]
         assert sorted(name.split("+")[2] for name in pictures if name.endswith(".webp")) == ["24", "8"]
-        assert [file.path for file in client.list_artifacts(page.info.run_id)] == ["config.json", "images"]
+        assert [file.path for file in client.list_artifacts(page.info.run_id)] == ["config.json", "images", "pictures"]
 
         with pytest.raises(
             ValueError, match=rf"tracking.uri: MLflow at http://\*\*\*@127.0.0.1:{port}/nowhere refuses"
@@ -174,6 +177,29 @@ def test_a_run_that_goes_on_is_the_same_run_and_its_curves_have_neither_a_gap_no
     (version,) = client.search_model_versions("name = 'sdxl-vae'")
     assert client.get_model_version_by_alias("sdxl-vae", "newest").version == version.version
     assert kept(tmp_path / "evaluation") == []
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n", b"x"], ids=["silent", "dripping", "no-http"])
+def test_a_server_that_takes_calls_and_never_answers_holds_nothing_up(tmp_path, monkeypatch, capsys, answer):
+    for name in ("OPEN_SECONDS", "SETTLE_SECONDS", "END_SECONDS"):
+        monkeypatch.setattr(tracking, name, 0.3)
+    monkeypatch.setattr(outbox, "STOP_SECONDS", 0.1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", WORKER_ENVIRONMENT["MLFLOW_HTTP_REQUEST_MAX_RETRIES"])
+    place = {"stage": "base", "name": "a run", "config": {}, "inputs": [], "output": Storage(str(tmp_path))}
+    began = time.monotonic()
+    with mute(answer) as port:
+        run = open_run(f"http://127.0.0.1:{port}", **place)
+        with closing(run), run.lent() as ticket:
+            tracker = Tracker(ticket)
+            for step in range(8, 808, 8):
+                tracker.log(step, {"loss": 0.5})
+                tracker.image(step, "samples", np.zeros((8, 8, 3), np.uint8))
+            tracker.keep()  # as before each checkpoint
+            tracker.leave()
+        assert time.monotonic() - began < 30  # one request alone may take MLFLOW_HTTP_REQUEST_TIMEOUT, 120 s by default
+        entries = [row["kind"] for path in tmp_path.rglob("*.json") for row in json.loads(path.read_text())["entries"]]
+    assert Counter(entries) == {"open": 1, "point": 100, "image": 100, "status": 1}
+    assert "and the same command sends them when the server answers" in capsys.readouterr().err
 
 
 def test_an_address_of_no_known_kind_is_refused_at_once(tmp_path):

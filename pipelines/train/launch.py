@@ -113,7 +113,7 @@ def train(
     tracked = open_run(
         uri,
         stage=stage,
-        name=tracking.run_name or stage,
+        name=tracking.run_name,
         config=settings,
         inputs=[Lineage(name=kind, uri=dataset.uri, manifest=manifest)],
         output=output,

@@ -14,8 +14,9 @@ from PIL import Image
 from jobs import generate, preprocess
 from jobs.cli import FAILURE, USAGE_ERROR, WORKER_ENVIRONMENT, main
 from jobs.config import GenerateJob, PreprocessJob
+from pipelines.schema import Manifest
 from pipelines.storage import Storage
-from pipelines.tracking import open_run
+from pipelines.tracking import Lineage, open_run
 
 ROOT = Path(__file__).parents[2]
 PREPROCESS = """
@@ -168,9 +169,14 @@ def test_no_password_is_told_to_mlflow(folder):
 
     uri = f"sqlite:///{folder}/mlflow.db"
     config = {"storage": {"s3_endpoint": "http://someone:planted-word@host"}}
+    manifest = Manifest(kind="index", rows=1, counts={}, fingerprint={}, parents={}, files="f", digest="d")
+    inputs = [Lineage(name="index", uri="s3://someone:planted-word@bucket/index", manifest=manifest)]
     output = Storage(str(folder / "out"))
-    run_id = open_run(uri, stage="index", name="index", config=config, inputs=[], output=output).ticket.run_id
+    run_id = open_run(uri, stage="index", name="index", config=config, inputs=inputs, output=output).ticket.run_id
     client = MlflowClient(tracking_uri=uri)
-    assert client.get_run(run_id).data.params == {"storage.s3_endpoint": "http://***@host"}
+    run = client.get_run(run_id)
+    assert run.data.params == {"storage.s3_endpoint": "http://***@host"}
+    assert "s3://***@bucket/index" in str(run.to_dictionary())
+    assert "planted" not in str(run.to_dictionary())
     kept = client.download_artifacts(run_id, "config.json", str(folder))
     assert "planted" not in Path(kept).read_text()

@@ -11,7 +11,9 @@ AUDIT := pip-audit==2.10.0
 
 PROOFS := size_conditioning crop_conditioning aspect_buckets refiner_range vae_batch
 
-.PHONY: demo test check audit ui bench proofs lock clean
+.PHONY: venv demo test check audit ui bench proofs lock clean
+
+venv: $(STAMP)  ## the environment alone
 
 demo: $(STAMP)  ## the whole pipeline on rendered pictures; ARGS="preset=gpu" for one GPU
 	$(BIN)/python -m jobs.demo jobs/configs/demo.toml output=$(OUTPUT) $(ARGS)

@@ -57,7 +57,8 @@ REMEDIES = (
     ),
     Remedy(
         cause="memory of a node full",
-        pattern=r"running low on memory|OutOfMemoryError|\bOOM\b",
+        pattern=r"running low on memory|OutOfMemoryError|\bOOM\b"
+        r"|(DefaultCPUAllocator: can't|Unable to|Cannot) allocate",
         advice="Lower encode.rows_per_file, or raise tasks.cpus and encode.resources.cpus so that fewer tasks run on "
         "a node at once; when training lower batch.micro_size. --dry-run prints memory per worker.",
     ),
@@ -75,7 +76,7 @@ REMEDIES = (
     ),
     Remedy(
         cause="no Ray cluster at the address",
-        pattern=r"Could not find any running Ray instance|Failed to connect to GCS"
+        pattern=r"Could not find any running Ray instance|nobody answers at|Failed to connect to GCS"
         r"|GCS (service )?.*(unavailable|timed out)",
         advice="Start one (ray start --head), correct ray.address or RAY_ADDRESS, or unset both: then a job starts "
         "Ray for itself.",
@@ -83,7 +84,7 @@ REMEDIES = (
     Remedy(
         cause="workers that do not reach each other",
         pattern=r"NCCL error|ncclSystemError|ncclRemoteError|ncclInternalError|Gloo.*(timed? ?out|connect)"
-        r"|Connection closed by peer",
+        r"|gloo/transport/|Connection closed by peer",
         advice="Another worker died, or the network between nodes is closed: look for the first error above. All "
         "ports have to be open between workers (infra/kubernetes/network.yaml); NCCL_DEBUG=INFO tells more. "
         "The same command goes on from the last checkpoint.",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from ray._private.utils import check_version_info
 
 from jobs import preprocess
-from jobs.cli import FAILURE, JobError, check_resources, load, main
+from jobs.cli import FAILURE, JobError, check_resources, load, main, start_ray
 from jobs.config import PreprocessJob
 from jobs.remedies import REMEDIES, remedy
 from tests.conftest import ROOT, S3, Cluster
@@ -76,6 +80,45 @@ def test_more_gpus_or_cores_than_there_are(cluster: Cluster, tmp_path, monkeypat
         check_resources(job, "workers", CPU=64.0, GPU=8.0)
 
 
+def test_more_memory_than_there_is(told):
+    def fill(job: PreprocessJob) -> None:
+        torch.empty(2**60)
+
+    assert ADVICE["memory of a node full"] in told(run=fill)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_where_there_is_none(told):
+    def move(job: PreprocessJob) -> None:
+        torch.zeros(1, device="cuda")
+
+    assert ADVICE["GPU asked for on a machine without one"] in told(run=move)
+
+
+def test_a_worker_whose_peer_is_gone(tmp_path):
+    join = f"""
+from datetime import timedelta
+import os, torch, torch.distributed as dist
+group = dist.ProcessGroupGloo(dist.FileStore("{tmp_path}/store", 2), int(os.environ["RANK"]), 2, timedelta(seconds=60))
+"""
+    reduce = "while True: group.allreduce([torch.ones(1)]).wait()"
+    start = [[sys.executable, "-c", join + what] for what in ("os._exit(0)", reduce)]
+    gone, left = (
+        subprocess.Popen(words, env=os.environ | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank, words in enumerate(start)
+    )
+    error = left.communicate(timeout=200)[1]
+    assert gone.wait() == 0
+    assert remedy(error) == ADVICE["workers that do not reach each other"]
+
+
+def test_an_address_where_no_cluster_is(told, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    error = told("ray.address=127.0.0.1:9", run=start_ray)
+    assert "error: ray.address: nobody answers at 127.0.0.1:9" in error
+    assert ADVICE["no Ray cluster at the address"] in error
+
+
 @pytest.mark.parametrize(
     ("cause", "message"),  # as the libraries word them; docs/errors.md says which were not provoked
     [
@@ -83,6 +126,10 @@ def test_more_gpus_or_cores_than_there_are(cluster: Cluster, tmp_path, monkeypat
         (
             "GPU memory full",
             "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        ),
+        (
+            "memory of a node full",
+            "numpy._core._exceptions._ArrayMemoryError: Unable to allocate 16.0 GiB for an array",
         ),
         (
             "memory of a node full",

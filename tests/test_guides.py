@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 from PIL import Image
 
@@ -63,6 +64,51 @@ def test_below_every_block_stands_which_test_runs_it_or_why_none_does(block, bel
         assert f"def {test}(" in path.read_text(), f"{file} has no {test}"
 
 
+def test_commands_that_need_neither_data_nor_ray_run(capsys, monkeypatch):
+    from jobs import plan
+
+    monkeypatch.chdir(ROOT)
+    ran = 0
+    for found in BLOCKS:
+        for words in commands(found.values[0]):
+            module, *arguments = job_of(words) or [""]
+            if module == "jobs.plan":
+                with pytest.raises(SystemExit) as ending:
+                    main(JOBS["plan"], plan.run, plan.run, arguments, needs_ray=False)
+                assert ending.value.code == 0
+                assert "total" in capsys.readouterr().out
+                ran += 1
+    assert ran == 2
+
+
+def test_commands_of_others_are_ones_that_they_know():
+    """Ray, MLflow and make are asked whether they know each command and option; nothing is started."""
+    from mlflow.cli import cli as mlflow
+    from ray.dashboard.modules.job.cli import job_cli_group as ray_job
+
+    def ask(command: click.Command, words: list[str]) -> None:
+        if isinstance(command, click.Group):
+            found = command.get_command(click.Context(command), words[0])
+            assert found is not None, words
+            ask(found, words[1:])
+        else:
+            command.make_context(" ".join(words), list(words))  # raises where an option or argument is not known
+
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    asked = 0
+    for found in BLOCKS:
+        for words in commands(found.values[0]):
+            if words[0] == "make":
+                assert words[1] in targets
+            elif words[:2] == ["ray", "job"]:
+                ask(ray_job, words[2:])
+                asked += 1
+            elif words[:3] == ["python", "-m", "mlflow"]:
+                ask(mlflow, words[3:])
+                asked += 1
+    assert asked >= 6
+
+
 def test_there_are_guides():
     assert len(BLOCKS) >= 12
     assert {path.name for path in (ROOT / "docs/guides").iterdir()} <= {Path(path).name for path in PAGES}
@@ -93,3 +139,20 @@ def test_the_laptop_guide_looks_before_it_starts(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "3 images" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my-images"]
+
+
+def test_every_link_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "infra").rglob("*.md")]
+    lost = []
+    for page in pages:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            if "://" in target:
+                continue
+            headings = [] if not anchor else re.findall(r"^#+ (.*)$", file.read_text() if file.exists() else "", re.M)
+            names = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            if not file.exists() or (anchor and anchor not in names and "decisions" not in page.parts):
+                lost.append(f"{page.relative_to(ROOT)}: {target}")
+    assert lost == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from model.config import CONTEXT_LENGTH
+from model.config import CONTEXT_LENGTH, TextConfig
 from model.finite import NotFiniteError
 from model.text import tokenize
 from model.vae import VAE, Posterior
@@ -21,7 +21,7 @@ from pipelines.config import Size, TextWeightsConfig, WeightsConfig
 from pipelines.latents import OF_CAPTIONS
 from pipelines.preprocess.config import EncodeConfig
 from pipelines.preprocess.crop import PIXELS
-from pipelines.preprocess.write import FAILURE, UNIT, UNIT_COUNT, timed
+from pipelines.preprocess.write import FAILURE, PAGE_BYTES, UNIT, UNIT_COUNT, timed
 from pipelines.schema import Column, latents_schema, tensor_column
 from pipelines.storage import StorageOptions
 
@@ -57,23 +57,24 @@ class Encoder:
         height, width = rows.column(Column.BUCKET)[0].as_py()
         mean, std = self._encode_images(good.column(PIXELS), (height, width))
         places, captions = out_of_lists(good.column(Column.CAPTIONS))  # the row of each caption, and the caption
-        if self.config.text == "tokens":
-            texts: dict[str, np.ndarray] = {Column.TOKENS: self._tokens(captions.to_pylist())}
-            schema = latents_schema(mean.shape[1:])
-        else:
-            context, pooled = self._encode_captions(captions.to_pylist())
-            texts = {Column.CONTEXT: context, Column.POOLED: pooled}
-            schema = latents_schema(mean.shape[1:], context.shape[1:], pooled.shape[1:])
+        texts = (self._tokens if self.config.text == "tokens" else self._encode_captions)(captions.to_pylist())
+        finite = _finite(mean) & _finite(std)
+        for tensors in texts.values():
+            finite[places[~_finite(tensors)]] = False
+
+        embeddings = () if Column.TOKENS in texts else (tensors.shape[1:] for tensors in texts.values())
+        schema = latents_schema(mean.shape[1:], *embeddings)
         for name in rows.column_names:
             if name in (Column.SOURCE, Column.PATH, FAILURE) or name.startswith(UNIT):
                 schema = schema.append(rows.schema.field(name))
-        finite = _finite(mean) & _finite(std)
-        finite[places[~np.logical_and.reduce([_finite(tensors) for tensors in texts.values()])]] = False
-        made: dict[str, pa.Array] = {Column.LATENT_MEAN: tensor_column(mean), Column.LATENT_STD: tensor_column(std)}
-        for name, tensors in texts.items():
-            column = tensor_column(tensors, tensors.dtype.type)
-            made[name] = in_lists(good.num_rows, places, column, schema.field(name).type)
-        made[FAILURE] = pa.array([None if ok else self._not_finite() for ok in finite], pa.string())
+        made: dict[str, pa.Array] = {
+            Column.LATENT_MEAN: tensor_column(mean),
+            Column.LATENT_STD: tensor_column(std),
+            FAILURE: pa.array([None if ok else self._not_finite() for ok in finite], pa.string()),
+        }
+        for column, tensors in texts.items():
+            values = tensor_column(tensors, tensors.dtype.type)
+            made[column] = in_lists(good.num_rows, places, values, schema.field(column).type)
         arrays = [
             made[field.name] if field.name in made else good.column(field.name).cast(field.type) for field in schema
         ]
@@ -104,7 +105,7 @@ class Encoder:
             stds.append(posterior.std.to(torch.float16).cpu().numpy())
         return np.concatenate(means), np.concatenate(stds)
 
-    def _encode_captions(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_captions(self, captions: list[str]) -> dict[Column, np.ndarray]:
         """Context [M, 77, channels] and pooled [M, channels], float16; what is known already is not encoded again."""
         new = sorted(set(captions) - self.known.keys())
         for batch in _batches(new, self.config.text_batch):
@@ -120,13 +121,26 @@ class Encoder:
             self.known.move_to_end(caption)
         while len(self.known) > self.config.kept_captions:
             self.known.popitem(last=False)
-        return all_contexts, all_pooled
+        return {Column.CONTEXT: all_contexts, Column.POOLED: all_pooled}
 
-    def _tokens(self, captions: list[str]) -> np.ndarray:
+    def _tokens(self, captions: list[str]) -> dict[Column, np.ndarray]:
         """Ids of the tokens of each tower, uint16 [M, 2, 77]; no network is run."""
         self.counts += {CAPTIONS: len(captions)}
         tokens = tokenize(captions, self.text_config)
-        return torch.stack([tokens.clip_l, tokens.bigg], dim=1).numpy().astype(np.uint16)
+        return {Column.TOKENS: torch.stack([tokens.clip_l, tokens.bigg], dim=1).numpy().astype(np.uint16)}
+
+
+def check_text_fits(blocks: Sequence[pa.Table], text: TextConfig) -> None:
+    """Raise ValueError where the text of a file's captions does not fit one page, in which loaders look for it."""
+    of_caption = 2 * CONTEXT_LENGTH * text.context_dim
+    counts = [len(out_of_lists(block.column(Column.CAPTIONS))[0]) for block in blocks]
+    most = max(counts, default=0)
+    if most * of_caption > PAGE_BYTES:
+        rows = blocks[counts.index(most)].num_rows
+        raise ValueError(
+            f"encode.rows_per_file: {rows} images with {most} captions of {of_caption} bytes do not fit a file's page "
+            f"of {PAGE_BYTES}; set it to {max(1, rows * PAGE_BYTES // (most * of_caption))} or less"
+        )
 
 
 @torch.no_grad()

@@ -13,9 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data import Dataset
 
-from model.config import CONTEXT_LENGTH, TextConfig
 from pipelines import networks
-from pipelines.captions import out_of_lists
 from pipelines.config import CropConfig, SourceConfig, StageResources, TextWeightsConfig, WeightsConfig
 from pipelines.lease import Lease
 from pipelines.originals import Originals
@@ -23,7 +21,7 @@ from pipelines.preprocess.alert import Change, change_of, judge
 from pipelines.preprocess.bucket import assign_buckets, blocks_by_bucket, bucket_table
 from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig, ScoringConfig
 from pipelines.preprocess.crop import crop_images, rows_of_crops
-from pipelines.preprocess.encode import Encoder
+from pipelines.preprocess.encode import Encoder, check_text_fits
 from pipelines.preprocess.filter import MEASURED, caption_counts, decide
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.sources.listing import (
@@ -38,7 +36,6 @@ from pipelines.preprocess.sources.survey import Container, survey
 from pipelines.preprocess.write import (
     AMENDED,
     FAILURE,
-    PAGE_BYTES,
     collect_garbage,
     cut,
     keys_of,
@@ -216,7 +213,7 @@ def build_latents(
     rows = missing(kept, stored(dataset, folder))
     blocks = blocks_by_bucket(rows, encode.rows_per_file)
     if encode.text == "embeddings":
-        _check_text_fits(blocks, networks.text_config(text))
+        check_text_fits(blocks, networks.text_config(text))
     told = Told()
     if blocks:
         begin()
@@ -303,19 +300,6 @@ def _score(
 def _folder(fingerprint: Mapping[str, Any]) -> str:
     """Where the data files of a fingerprint lie."""
     return f"data/{digest(fingerprint)[:12]}"
-
-
-def _check_text_fits(units: Sequence[pa.Table], text: TextConfig) -> None:
-    """Raise ValueError where the text of a file's captions does not fit one page, in which loaders look for it."""
-    of_caption = 2 * CONTEXT_LENGTH * text.context_dim
-    counts = [len(out_of_lists(unit.column(Column.CAPTIONS))[0]) for unit in units]
-    most = max(counts, default=0)
-    if most * of_caption > PAGE_BYTES:
-        rows = units[counts.index(most)].num_rows
-        raise ValueError(
-            f"encode.rows_per_file: {rows} images with {most} captions of {of_caption} bytes do not fit a file's page "
-            f"of {PAGE_BYTES}; set it to {max(1, rows * PAGE_BYTES // (most * of_caption))} or less"
-        )
 
 
 def _run(stages: Dataset, label: str, rows: int, told: Told | None = None) -> Told:

@@ -16,8 +16,7 @@ from pipelines.images import content_id, crop_pixels, draw_crop
 from pipelines.originals import Originals
 from pipelines.preprocess.config import EncodeConfig
 from pipelines.preprocess.crop import PIXELS, crop_images, rows_of_crops
-from pipelines.preprocess.encode import Encoder
-from pipelines.preprocess.pipeline import _check_text_fits
+from pipelines.preprocess.encode import Encoder, check_text_fits
 from pipelines.preprocess.write import FAILURE, cut, keys_of, stored, write_units
 from pipelines.ranges import StorageError
 from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, DataFile, latents_schema, tensor_array, write_manifest
@@ -274,6 +273,6 @@ def test_an_image_that_overflows_in_float16_is_named_with_the_remedy_and_the_oth
 def test_a_file_whose_text_would_not_fit_a_page_is_refused_before_anything_is_encoded():
     unit = pa.table({"captions": [[str(n) for n in range(5_000)]] * 16})
     tiny = TEXT_PRESETS["tiny"]
-    _check_text_fits([unit.slice(0, 14), unit.slice(0, 1)], tiny)
+    check_text_fits([unit.slice(0, 14), unit.slice(0, 1)], tiny)
     with pytest.raises(ValueError, match=r"rows_per_file: 16 images with 80000 captions .* set it to 14 or less"):
-        _check_text_fits([unit.slice(0, 1), unit], tiny)
+        check_text_fits([unit.slice(0, 1), unit], tiny)

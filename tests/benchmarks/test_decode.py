@@ -159,3 +159,50 @@ def test_headers_first() -> None:
     assert decode_first() == header_first() == [(896, 1152)] * 6
     found = turns({"decode, then look at the size": decode_first, "ours: header first": header_first})
     show("C4: half of 1 MP images rejected by size", found, len(files))
+
+
+@pytest.mark.parametrize(
+    ("title", "size", "progressive", "count"),
+    [
+        ("C3: 12 MP to 512 x 512 and JPEG", (3000, 4000), False, 4),
+        ("C3: 7 MP, progressive", (2300, 3000), True, 4),
+        ("C3: 1 MP", (896, 1152), False, 16),
+    ],
+)
+def test_decode_resize_and_encode(title: str, size: Size, progressive: bool, count: int) -> None:
+    """Beside img2dataset's Resizer, which reduces by areas where ours takes Lanczos; both crop the middle."""
+    side, quality = 512, 95
+    try:
+        from img2dataset.resizer import Resizer
+    except ImportError as error:
+        pytest.skip(f"img2dataset is not installed: {error}")
+    resizer = Resizer(side, "center_crop", False, encode_quality=quality)
+    files = []
+    for seed in range(count):
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(photograph(*size, seed=seed))).save(buffer, "JPEG", quality=90, progressive=progressive)
+        files.append(buffer.getvalue())
+
+    def theirs(data: bytes) -> bytes:
+        encoded, *_, error = resizer(io.BytesIO(data))
+        assert error is None
+        return encoded
+
+    def encoded(data: bytes) -> bytes:
+        pixels = read_crop(data, (side, side), CropConfig(placement="center"), "", LIMIT)[0]
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+        return buffer.getvalue()
+
+    both = [
+        np.asarray(Image.open(io.BytesIO(make(files[0]))).convert("RGB")).astype(float) for make in (theirs, encoded)
+    ]
+    assert both[0].shape == both[1].shape == (side, side, 3)
+    signal = 10 * np.log10(255**2 / np.square(both[0] - both[1]).mean())
+    found = turns(
+        {
+            "img2dataset, CPU time": lambda: [theirs(data) for data in files],
+            "ours, CPU time": lambda: [encoded(data) for data in files],
+        }
+    )
+    show(f"{title}; {signal:.1f} dB apart", found, count)

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 from pipelines.ranges import RangeReader
 from pipelines.schema import Column, pair_array, tensor_shape
-from pipelines.storage import Storage
 
 OF_CAPTIONS = (Column.CONTEXT, Column.POOLED, Column.TOKENS)
 TENSORS = (Column.LATENT_MEAN, Column.LATENT_STD, *OF_CAPTIONS)  # those of text, or their tokens
@@ -22,12 +21,11 @@ MOST_BEFORE = 2**16  # bytes before the values of a column
 
 
 class LatentFile:
-    """An open latents file."""
+    """A latents file's small columns, and where its tensors lie: some kilobytes, and no open file."""
 
-    def __init__(self, dataset: Storage, name: str) -> None:
+    def __init__(self, reader: RangeReader) -> None:
         """Raises ValueError where the file has another layout than `write_rows` gives it."""
-        self.reader = dataset.open(name)
-        parquet = self.reader.parquet()
+        parquet = reader.parquet()
         columns = [*PAIRS, Column.AESTHETIC_SCORE, Column.CAPTION_WEIGHTS]
         table = parquet.read(columns=columns, use_threads=False)  # a few short ones
         score = table.column(Column.AESTHETIC_SCORE).to_numpy()  # NaN where the source has none
@@ -41,24 +39,24 @@ class LatentFile:
         there = [column for column in TENSORS if column in parquet.schema_arrow.names]
         self.shapes = {column: tensor_shape(parquet.schema_arrow, column) for column in there}
         counts = {column: len(self._chances) if column in OF_CAPTIONS else table.num_rows for column in there}
-        self._starts = {
-            column: _first_value(parquet, column, count, self.reader, name) for column, count in counts.items()
-        }
+        self._starts = {column: _first_value(parquet, column, count, reader) for column, count in counts.items()}
 
     def chances(self, row: int) -> np.ndarray:
         """How likely each of a row's captions is to be drawn [N]."""
         return self._chances[self._captions[row] : self._captions[row + 1]]
 
-    def read_into(self, column: Column, row: int, caption: int, target: np.ndarray) -> None:
+    def read_into(self, reader: RangeReader, column: Column, row: int, caption: int, target: np.ndarray) -> None:
         """Read one row's tensor, of one of its captions where it is of text, into `target`, contiguous."""
         place = self._captions[row] + caption if column in OF_CAPTIONS else row
-        self.reader.read_into(target.reshape(-1).view(np.uint8).data, self._starts[column] + int(place) * target.nbytes)
+        reader.read_into(target.reshape(-1).view(np.uint8).data, self._starts[column] + int(place) * target.nbytes)
 
 
-def _first_value(parquet: pq.ParquetFile, column: Column, count: int, reader: RangeReader, name: str) -> int:
+def _first_value(parquet: pq.ParquetFile, column: Column, count: int, reader: RangeReader) -> int:
     """Where the values of a tensor column, `count` in all, begin in the file."""
     metadata, schema = parquet.metadata, parquet.schema_arrow
-    refused = f"{name}: {column} is not one uncompressed page; this version did not write it: make the latents anew"
+    refused = (
+        f"{reader.name}: {column} is not one uncompressed page; this version did not write it: make the latents anew"
+    )
     kind = schema.field(column).type
     value = kind.value_type if pa.types.is_list(kind) else kind
     if metadata.num_row_groups != 1 or not pa.types.is_fixed_size_binary(value):

@@ -24,12 +24,13 @@ from pipelines.config import CropConfig, Size
 from pipelines.images import content_id, read_crop
 from pipelines.latents import LatentFile
 from pipelines.originals import Originals
+from pipelines.ranges import RangeReader
 from pipelines.schema import Column, DataFile, Manifest, data_files, kept_rows, masks_of_pairs
 from pipelines.storage import Storage
 from pipelines.train.plan import Plan, cut_step
 
 PREFETCHED_STEPS = 2
-OPEN_FILES = 256  # latents files that each worker holds open
+OPEN_FILES, KNOWN_FILES = 256, 4096  # latents files that each worker holds open, and knows the layout of
 LOCAL_READERS, REMOTE_READERS = 2, 32  # parts of latents files read at a time
 DECODE_THREADS = 4
 
@@ -156,7 +157,8 @@ class LatentReader:
         """`seed` draws captions; `pin` puts tensors where a GPU fetches them without waiting for the CPU."""
         self.files = data_files(dataset, manifest)
         self._dataset, self._seed, self._pin = dataset, seed, pin
-        self._open: OrderedDict[int, LatentFile] = OrderedDict()
+        self._known: OrderedDict[int, LatentFile] = OrderedDict()
+        self._open: OrderedDict[int, RangeReader] = OrderedDict()
         self._lock = threading.Lock()  # sample grids read beside the read-ahead thread
         self._readers = LOCAL_READERS if dataset.is_local else REMOTE_READERS
         self._pool = ThreadPoolExecutor(self._readers)
@@ -164,7 +166,8 @@ class LatentReader:
     def read(self, rows: np.ndarray, bucket: Size, first: int) -> LatentBatch:
         """Rows [B, 2] as tensors in fp16, each with the text of one of its captions, drawn by its number in the run."""
         opened = self._files(np.unique(rows[:, 0]).tolist())
-        shapes = next(iter(opened.values())).shapes
+        files = {number: file for number, (file, _) in opened.items()}
+        shapes = next(iter(files.values())).shapes
         tensors = {
             name: torch.empty(
                 (len(rows), *shape),
@@ -176,17 +179,17 @@ class LatentReader:
 
         targets = {name: tensor.numpy() for name, tensor in tensors.items()}
         places = list(enumerate(rows.tolist()))
-        drawn = [draw_caption(opened[file].chances(row), self._seed, first + place) for place, (file, row) in places]
+        drawn = [draw_caption(files[file].chances(row), self._seed, first + place) for place, (file, row) in places]
 
         def read(part: list[tuple[Column, tuple[int, list[int]]]]) -> None:
             for name, (place, (file, row)) in part:
-                opened[file].read_into(name, row, drawn[place], targets[name][place])
+                files[file].read_into(opened[file][1], name, row, drawn[place], targets[name][place])
 
         wanted = list(product(tensors, places))  # a task for each would cost as much as its copy in memory
         list(self._pool.map(read, (wanted[reader :: self._readers] for reader in range(self._readers))))
         conditions = {
             name: torch.from_numpy(
-                np.stack([opened[file].conditions[Column(name)][row] for _, (file, row) in places])
+                np.stack([files[file].conditions[Column(name)][row] for _, (file, row) in places])
             ).float()
             for name in Conditioning
         }
@@ -211,22 +214,32 @@ class LatentReader:
         }
         return [keys[file][row].as_py() for file, row in rows.tolist()]
 
-    def _files(self, numbers: list[int]) -> dict[int, LatentFile]:
-        """Files by number, those opened that are not open yet."""
-        with self._lock:
-            for number in self._open.keys() & numbers:
-                self._open.move_to_end(number)
-            found = {number: self._open.get(number) for number in numbers}
-        new = [number for number, file in found.items() if file is None]  # another thread may open one too: no harm
-        made = dict(zip(new, self._pool.map(self._new_file, new), strict=True))
-        with self._lock:
-            self._open |= made
-            while len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
-        return {number: file or made[number] for number, file in found.items()}
+    def _files(self, numbers: list[int]) -> dict[int, tuple[LatentFile, RangeReader]]:
+        """Files by number. What is known of one outlives its being open: a footer takes as long as several rows."""
 
-    def _new_file(self, number: int) -> LatentFile:
-        return LatentFile(self._dataset, self.files[number].name)
+        def make(number: int) -> tuple[LatentFile, RangeReader]:
+            known, reader = found[number]
+            reader = reader or self._dataset.open(self.files[number].name)
+            return known or LatentFile(reader), reader
+
+        with self._lock:
+            found = {number: (self._known.get(number), self._open.get(number)) for number in numbers}
+        new = [number for number, parts in found.items() if None in parts]
+        made = dict(zip(new, self._pool.map(make, new), strict=True))  # another thread may make one too: no harm
+        whole = {number: made[number] if number in made else make(number) for number in numbers}
+        with self._lock:
+            for number, (known, reader) in whole.items():
+                self._known[number], self._open[number] = known, reader
+                self._known.move_to_end(number)
+                self._open.move_to_end(number)
+            _forget_oldest(self._known, KNOWN_FILES)
+            _forget_oldest(self._open, OPEN_FILES)
+        return whole
+
+
+def _forget_oldest(kept: OrderedDict, most: int) -> None:
+    while len(kept) > most:
+        kept.popitem(last=False)
 
 
 def draw_caption(chances: np.ndarray, seed: int, number: int) -> int:

@@ -208,8 +208,9 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,h,w] to [B,C',h,w]."""
-        hidden = self.conv1(F.silu(self.norm1(x)))  # [B,C',h,w]
-        hidden = self.conv2(F.silu(self.norm2(hidden)))  # [B,C',h,w]
+        hidden = x
+        for layer in (self.norm1, F.silu, self.conv1, self.norm2, F.silu, self.conv2):  # each lets go of what it read
+            hidden = layer(hidden)  # [B,C|C',h,w]
         return hidden + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 

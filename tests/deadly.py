@@ -11,10 +11,11 @@ from unittest import mock
 
 import pyarrow as pa
 
+from pipelines.preprocess import crop as crop_module
 from pipelines.preprocess import measure as module
 
 SEGFAULT, HANG, ONCE = (f"mark of {name}".encode() for name in ("a segfault", "a hang", "one death"))
-FACTS = module.facts
+FACTS, READ_CROPS = module.facts, crop_module.read_crops
 
 
 def obey(data: bytes) -> None:
@@ -34,6 +35,12 @@ def facts(data: bytes, max_pixels: int) -> dict[str, Any]:
     """As measure.facts, after what the mark says."""
     obey(data)
     return FACTS(data, max_pixels)
+
+
+def read_crops(data: bytes, *arguments: Any) -> Any:
+    """As images.read_crops, after what the mark says."""
+    obey(data)
+    return READ_CROPS(data, *arguments)
 
 
 def measure(*arguments: Any, **named: Any) -> pa.Table:

@@ -14,6 +14,7 @@ import multiprocessing
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -34,6 +35,10 @@ class DecoderKilledError(RuntimeError):
     """An image ended each process that decoded it, or kept it until its time was over."""
 
 
+class ChildStartError(Exception):
+    """No child could be started: the machine's fault, and none of DECODE_ERRORS, which are an image's."""
+
+
 @contextmanager
 def decoding(attempt: int | None, max_pixels: int) -> Iterator[Decode]:
     """How the threads of a task call decoders, at its first (0), its second (1) or a further `attempt`.
@@ -41,8 +46,15 @@ def decoding(attempt: int | None, max_pixels: int) -> Iterator[Decode]:
     None stands for no task that would be started again: nothing is watched. From the second attempt on, functions and
     arguments have to be picklable, and raise DecoderKilledError for what kills.
     """
-    if not attempt:
-        yield _call if attempt is None else _Watch().call
+    if attempt is None:
+        yield _call
+        return
+    if attempt == 0:
+        watch = _Watch()
+        try:
+            yield watch.call
+        finally:
+            watch.end()
         return
     logging.getLogger(__name__).warning(
         "a block of images is at attempt %d, since its process died: each image is decoded in a child process",
@@ -60,28 +72,38 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class _Watch:
-    """Ends this process, with the stacks of its threads, where decoders are at work and none ends for HANG_SECONDS.
+    """Ends this process, with the stacks of its threads, where a decoder is not done after HANG_SECONDS.
 
-    In C, because a decoder that hangs may hold the interpreter's lock.
+    A thread puts the end off again and again, as long as no decoder hangs. The end itself is in C: a decoder that
+    holds the interpreter's lock stops that thread too.
     """
 
     def __init__(self) -> None:
-        self._lock, self._at_work = threading.Lock(), 0
+        self._begun: dict[int, float] = {}  # by thread
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._put_off, daemon=True, name="watch of decoders")
+        self._thread.start()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        self._count(1)
+        thread = threading.get_ident()
+        self._begun[thread] = time.monotonic()
         try:
             return function(*arguments)
         finally:
-            self._count(-1)
+            del self._begun[thread]
 
-    def _count(self, more: int) -> None:
-        with self._lock:
-            self._at_work += more
-            if self._at_work:
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _put_off(self) -> None:
+        while True:
+            now = time.monotonic()
+            if now - min(list(self._begun.values()), default=now) < HANG_SECONDS:
                 faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=STDERR)
-            else:
-                faulthandler.cancel_dump_traceback_later()
+            if self._over.wait(HANG_SECONDS / 10):
+                return
 
 
 class _Child:
@@ -117,9 +139,15 @@ class _Child:
         self._process = context.Process(target=_serve, args=(theirs, self._memory, function), daemon=True)
         self._process.start()
         theirs.close()
-        if not self._pipe.poll(START_SECONDS) or self._pipe.recv() != "ready":
-            raise OSError(f"a process that decodes images did not start within {START_SECONDS:g} s")
-        return self._pipe
+        try:
+            if self._pipe.poll(START_SECONDS):
+                self._pipe.recv()
+                return self._pipe
+            problem = f"not ready after {START_SECONDS:g} s"
+        except EOFError:
+            problem = self.end()
+        self.end()
+        raise ChildStartError(f"a process that decodes images did not start: {problem}")
 
     def end(self) -> str:
         """End the child; gives how it ended, if it has by itself."""

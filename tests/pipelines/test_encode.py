@@ -22,6 +22,7 @@ from pipelines.ranges import StorageError
 from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, DataFile, latents_schema, tensor_array, write_manifest
 from pipelines.storage import Storage, StorageOptions
 from pipelines.train.batches import LatentReader
+from tests import deadly
 
 BUCKET = (16, 24)
 CROP = CropConfig(flip_chance=0.5, seed=3)
@@ -68,6 +69,20 @@ def kept(source: Storage, captions: list[str | list[str]], crops: int = 1) -> pa
     kept = rows_of_crops(pa.Table.from_pylist(rows, schema), crops)
     (unit,) = cut(kept, kept.num_rows, "16x24")
     return unit
+
+
+def test_an_image_that_kills_its_decoder_is_a_failed_row_and_the_others_are_cropped_as_ever(source, monkeypatch):
+    unit = kept(source, ["a", "b"])
+    expected = crop_images(unit, originals(source), CROP, 10_000).to_pylist()
+    deadly_png = source.read("0.png") + deadly.SEGFAULT
+    source.write("0.png", deadly_png)
+    rows = [row | ({"id": content_id(deadly_png)} if row["path"] == "0.png" else {}) for row in unit.to_pylist()]
+    monkeypatch.setattr("pipelines.preprocess.crop.read_crops", deadly.read_crops)
+    table = pa.Table.from_pylist(rows, unit.schema)
+    found = crop_images(table, originals(source), CROP, 10_000, attempt=lambda: 1).to_pylist()
+    timing = "unit_seconds_crop"
+    assert found[1] | {timing: 0} == expected[1] | {timing: 0}
+    assert found[0][FAILURE] == "DecoderKilledError: ended by SIGSEGV, in each of 2 processes of its own"
 
 
 def test_a_crop_travels_with_its_true_conditioning(source):

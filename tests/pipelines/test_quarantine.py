@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import pyarrow as pa
 import pytest
 from PIL import Image
 
 from pipelines.config import SourceConfig
+from pipelines.images import DECODE_ERRORS
 from pipelines.originals import Originals
 from pipelines.preprocess import quarantine
 from pipelines.preprocess.config import FilterConfig
@@ -74,21 +76,23 @@ def test_an_image_that_takes_too_much_memory_does_not_take_the_machines(tmp_path
     assert "more memory" in found["large.png"]["reject_detail"]
 
 
-def test_a_task_whose_decoder_hangs_ends_and_says_where():
+@pytest.mark.parametrize("hang", ["deadly.obey, deadly.HANG", "time.sleep, 60"])  # with the lock held, and without
+def test_a_task_whose_decoder_hangs_ends_and_says_where(hang):
     program = (
+        "import time\n"
         "from pipelines.preprocess import quarantine\n"
         "from tests import deadly\n"
         "quarantine.HANG_SECONDS = 1.0\n"
         "with quarantine.decoding(0, 1) as call:\n"
         "    call(len, b'')\n"
-        "    call(deadly.obey, deadly.HANG)\n"
+        f"    call({hang})\n"
     )
     ended = subprocess.run(
         [sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=ROOT, timeout=60
     )
     assert ended.returncode == 1
     assert "Timeout" in ended.stderr
-    assert "in obey" in ended.stderr
+    assert "quarantine.py" in ended.stderr
 
 
 def test_a_decoder_that_is_done_is_not_watched_any_more(monkeypatch):
@@ -97,7 +101,8 @@ def test_a_decoder_that_is_done_is_not_watched_any_more(monkeypatch):
         assert call(len, b"abc") == 3
         with pytest.raises(TypeError):
             call(len, 3)
-    time.sleep(0.3)  # this process would have ended
+        time.sleep(0.3)
+    time.sleep(0.3)  # this process would have ended, here or before
 
 
 def test_what_a_child_raises_is_raised_and_no_child_stays():
@@ -111,6 +116,15 @@ def test_what_a_child_raises_is_raised_and_no_child_stays():
             call(os.abort)
         assert call(len, b"abcd") == 4
     assert children() == before
+
+
+def test_a_child_that_does_not_start_is_no_fault_of_an_image(monkeypatch):
+    module = types.ModuleType("a_module_of_this_process_alone")
+    exec("def size(data): return len(data)", vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with decoding(1, 1) as call, pytest.raises(quarantine.ChildStartError, match="did not start: ended with 1"):
+        call(module.size, b"abc")
+    assert not issubclass(quarantine.ChildStartError, DECODE_ERRORS)
 
 
 def children() -> list[int]:

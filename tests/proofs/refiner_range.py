@@ -16,15 +16,16 @@ import numpy as np
 import torch
 
 from model.conditioning import conditioning_vector
-from model.config import DenoiserLossConfig
-from model.diffusion import gaussian
+from model.config import DenoiserLossConfig, DiffusionConfig
+from model.diffusion import Diffusion, gaussian
 from model.noise_levels import levels_at
 from model.sampler import Condition, denoiser, noised, sample
 from model.unet import UNet
 from tests.proofs.report import Proof, main, sheet, spread
 from tests.proofs.size_conditioning import LARGEST, SIDE, drawn
-from tests.proofs.toy import DIFFUSION, Pictures, error, train, unet_config
+from tests.proofs.toy import Pictures, error, train, unet_config
 
+DIFFUSION = Diffusion(DiffusionConfig())  # the noise is predicted, as SDXL does
 RANGE = (0, 200)
 BANDS = ((0, 50), (50, 100), (100, 200), (200, 500), (500, 1000))
 DATA = 1280
@@ -61,10 +62,10 @@ def prove(images: int, seeds: Sequence[int], samples: int) -> Iterator[Proof]:
     for seed in seeds:
         for name, timesteps in ranges.items():
             loss = DenoiserLossConfig(caption_dropout=0.0, timesteps=timesteps)
-            unet = train(unet_config(), [data], images, seed, loss)
+            unet = train(unet_config(), [data], images, seed, loss, DIFFUSION)
             for band in errors[name]:
                 measured = DenoiserLossConfig(caption_dropout=0.0, timesteps=band)
-                errors[name][band].append(float(error(unet, held_out, measured, 99, 0).mean()))
+                errors[name][band].append(float(error(unet, held_out, measured, 99, 0, DIFFUSION).mean()))
             if seed == seeds[0]:
                 shown.append((f"finished by the {name}", finished(unet, few)))
         rows = []

@@ -19,7 +19,15 @@ from PIL import Image
 from torch import Tensor
 
 from model.conditioning import conditioning_vector
-from model.config import Conditioning, DenoiserLossConfig, DiffusionConfig, SamplerName, Spacing, UNetConfig
+from model.config import (
+    Conditioning,
+    DenoiserLossConfig,
+    DiffusionConfig,
+    PredictionType,
+    SamplerName,
+    Spacing,
+    UNetConfig,
+)
 from model.denoiser_loss import denoiser_loss, draw
 from model.diffusion import Diffusion, gaussian
 from model.ema import EMA
@@ -33,7 +41,9 @@ PIXELS = 8  # that an element of a map stands for
 CAPTION = 16  # numbers of a caption: which shape, which colour, zeros
 SHAPES = ("disc", "square", "diamond")
 BATCH, HALFLIFE_IMAGES, SAMPLING_STEPS = 16, 1000, 12
-DIFFUSION = Diffusion(DiffusionConfig())
+DIFFUSION = Diffusion(
+    DiffusionConfig(prediction_type=PredictionType.V)
+)  # what to paint where all is noise is learnt soon
 NOTHING_DROPPED = DenoiserLossConfig(caption_dropout=0.0)
 SAMPLES = 4  # per element and direction, of a drawing
 
@@ -107,13 +117,15 @@ def unet_config(*conditioning: Conditioning) -> UNetConfig:
     )
 
 
-def error(unet: UNet, batch: Pictures, loss: DenoiserLossConfig, seed: int, first: int) -> Tensor:
+def error(
+    unet: UNet, batch: Pictures, loss: DenoiserLossConfig, seed: int, first: int, diffusion: Diffusion = DIFFUSION
+) -> Tensor:
     """The training loss [B] of a batch whose first picture is number `first` of the run."""
     draws = draw(seed, first, len(batch.maps), batch.maps.shape[1:], loss, len(unet.config.conditioning))
-    noisy = DIFFUSION.add_noise(batch.maps, draws.noise, draws.timesteps)  # [B,3,h,w]
+    noisy = diffusion.add_noise(batch.maps, draws.noise, draws.timesteps)  # [B,3,h,w]
     vector = conditioning_vector(batch.captions, batch.conditions, unet.config)  # [B,V]
     prediction = unet(noisy, draws.timesteps, batch.captions[:, None], vector)  # [B,3,h,w]
-    return denoiser_loss(prediction, DIFFUSION.target(batch.maps, draws.noise, draws.timesteps))
+    return denoiser_loss(prediction, diffusion.target(batch.maps, draws.noise, draws.timesteps))
 
 
 def train(
@@ -122,6 +134,7 @@ def train(
     images: int,
     seed: int,
     loss: DenoiserLossConfig = NOTHING_DROPPED,
+    diffusion: Diffusion = DIFFUSION,
 ) -> UNet:
     """The averaged weights after `images` pictures; each step takes one bucket, drawn by its number of pictures."""
     torch.manual_seed(seed)
@@ -136,7 +149,7 @@ def train(
         batch = bucket.rows(torch.randint(len(bucket.maps), (BATCH,), generator=order))
         adamw.param_groups[0]["lr"] = learning_rate(settings, first + BATCH, images - first)
         adamw.zero_grad()
-        error(unet, batch, loss, seed, first).mean().backward()
+        error(unet, batch, loss, seed, first, diffusion).mean().backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), settings.clip_norm)
         adamw.step()
         average.update(weights, first + BATCH, BATCH)

@@ -113,4 +113,4 @@ def prove(images: int, seeds: Sequence[int], samples: int) -> Iterator[Proof]:
 
 
 if __name__ == "__main__":
-    main(prove, images=8_000, samples=96)
+    main(prove, images=20_000, samples=96)

@@ -89,4 +89,4 @@ def prove(images: int, seeds: Sequence[int], samples: int) -> Iterator[Proof]:
 
 
 if __name__ == "__main__":
-    main(prove, images=8_000, samples=512)
+    main(prove, images=4_000, samples=256)

@@ -83,7 +83,7 @@ def write(proof: Proof, folder: Path, effort: str) -> str:
     table = [proof.columns, ["---"] * len(proof.columns), *proof.rows]
     lines = [f"# {proof.claim}", "", proof.set_up, effort, "", *("| " + " | ".join(row) + " |" for row in table), ""]
     lines += [
-        f"**{'Holds' if proof.holds else 'Does not hold'}**: {proof.verdict}",
+        f"**{'Shown' if proof.holds else 'Not shown'}**: {proof.verdict}",
         "",
         f"![pictures]({proof.name}.png)",
     ]

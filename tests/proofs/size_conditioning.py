@@ -99,7 +99,7 @@ def prove(images: int, seeds: Sequence[int], samples: int) -> Iterator[Proof]:
     distances: dict[str, list[float]] = {name: [] for name in arms}
     levels: dict[str, list[float]] = {name: [] for name in arms}
     by_size: dict[int, list[float]] = {size: [] for size in ASKED}
-    shown = [("held out", held_out.maps[:24])]
+    shown = [("held out", held_out.maps[:16])]
     few = held_out.captions[: max(8, samples // 4)]
     for seed in seeds:
         for name, (config, seen) in arms.items():
@@ -108,12 +108,12 @@ def prove(images: int, seeds: Sequence[int], samples: int) -> Iterator[Proof]:
             distances[name].append(distance(made, held_out.maps))
             levels[name].append(float(sharpness(made).mean()))
             if seed == seeds[0]:
-                shown.append((f"{name}, asked for the large sizes", made[:24]))
+                shown.append((f"{name}, asked for the large sizes", made[:16]))
         for size in ASKED:
             made = paint(unet, few, (SIDE, SIDE), seed, original_size=(size, size))
             by_size[size].append(float(sharpness(made).mean()))
             if seed == seeds[0]:
-                shown.append((f"size told, asked for {size} x {size}", made[:24]))
+                shown.append((f"size told, asked for {size} x {size}", made[:16]))
         floor, real = distance(another.maps, held_out.maps), float(sharpness(held_out.maps).mean())
         rows = [[name, spread(distances[name]), spread(levels[name], 3)] for name in arms]
         rows.append(["other large pictures", f"{floor:.2f}", f"{float(sharpness(another.maps).mean()):.3f}"])
@@ -140,4 +140,4 @@ def prove(images: int, seeds: Sequence[int], samples: int) -> Iterator[Proof]:
 
 
 if __name__ == "__main__":
-    main(prove, images=8_000, samples=256)
+    main(prove, images=20_000, samples=256)

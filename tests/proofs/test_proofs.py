@@ -34,7 +34,7 @@ def test_a_proof_writes_its_table_and_its_picture(name, tmp_path: Path, monkeypa
     text = write(proof, tmp_path, "At 2 steps.")
     assert (tmp_path / f"{name}.md").read_text() == text + "\n"
     assert {len(row) for row in proof.rows} == {len(proof.columns)}
-    assert ("**Holds**" in text) == proof.holds
+    assert ("**Shown**" in text) == proof.holds
     with Image.open(tmp_path / f"{name}.png") as picture:
         assert np.ptp(np.asarray(picture)) == 255
 

@@ -93,4 +93,4 @@ def prove(images: int, seeds: Sequence[int], samples: int) -> Iterator[Proof]:
 
 
 if __name__ == "__main__":
-    main(prove, images=16_000, samples=256)
+    main(prove, images=8_000, samples=256)

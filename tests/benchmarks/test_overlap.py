@@ -31,7 +31,7 @@ from pipelines.stages import actors, dataset_of, tasks
 from pipelines.storage import Storage, StorageOptions
 from tests.conftest import Cluster
 
-IMAGES, SIDE, BUCKET = 128, 1500, (256, 256)
+IMAGES, SIDE, BUCKET = 96, 1500, (256, 256)
 
 
 class TimedEncoder(Encoder):
@@ -73,7 +73,7 @@ def test_cropping_goes_on_while_the_encoder_encodes(cluster: Cluster, tmp_path: 
     notes.mkdir()
     originals = Originals([SourceConfig(path=str(images))], StorageOptions())
     blocks = blocks_by_bucket(rows_of_crops(index_rows(images), 1), 8)
-    weights = WeightsConfig(preset="small", seed=1), TextWeightsConfig(preset="tiny", seed=2)
+    weights = WeightsConfig(preset="tiny", seed=1), TextWeightsConfig(preset="tiny", seed=2)
     given = (notes, *weights, EncodeConfig(batch=8), StorageOptions())
     write = partial(write_units, dataset=Storage(str(tmp_path / "latents")), folder="data/x", compression="none")
     stages = (

@@ -82,6 +82,11 @@ REMEDIES = (
         "Ray for itself.",
     ),
     Remedy(
+        cause="machine too busy to start Ray",
+        pattern=r"The current node timed out during startup",
+        advice="Ray gives a node 30 seconds to start. End other programs, or wait, and run the same command again.",
+    ),
+    Remedy(
         cause="workers that do not reach each other",
         pattern=r"NCCL error|ncclSystemError|ncclRemoteError|ncclInternalError|Gloo.*(timed? ?out|connect)"
         r"|gloo/transport/|Connection closed by peer",

@@ -145,6 +145,7 @@ def test_an_address_where_no_cluster_is(told, monkeypatch):
             "workers that do not reach each other",
             "[gloo/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]",
         ),
+        ("machine too busy to start Ray", "Exception: The current node timed out during startup. This could happen"),
         ("GPU asked for on a machine without one", "RuntimeError: No CUDA GPUs are available"),
     ],
 )

@@ -336,7 +336,8 @@ class LiveTensors(TorchDispatchMode):
     ids=["own", "own-float32", "single", "sharded", "text", "open_clip"],
 )
 def test_loading_holds_one_model_and_one_tensor(large, load, scale):
-    load(large)  # imports
+    with LiveTensors():
+        load(large)  # imports, of what the watching needs too
     tracemalloc.start()
     with LiveTensors() as tensors:
         module = load(large)

@@ -18,8 +18,8 @@ venv: $(STAMP)  ## the environment alone
 demo: $(STAMP)  ## the whole pipeline on rendered pictures; ARGS="preset=gpu" for one GPU
 	$(BIN)/python -m jobs.demo jobs/configs/demo.toml output=$(OUTPUT) $(ARGS)
 
-test: $(STAMP)  ## the test suite, in two processes: what shares the Ray cluster, and the rest
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+test: $(STAMP)  ## the test suite, in two processes: the whole system on one Ray cluster, and all else
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP)  ## lint, format, types; known vulnerabilities are told and do not fail it
 	$(BIN)/ruff check .

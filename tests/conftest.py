@@ -59,19 +59,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
-SHARED = {"cluster", "s3", "finished"}  # fixtures of which the suite starts one
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `-n 2` one process runs what shares the cluster or the S3 server, first; a file of the rest stays whole."""
+    """The tests of the whole system first: they take longest."""
+    items.sort(key=lambda item: item.path.parent != ROOT / "tests")
 
-    def shares(item: pytest.Item) -> bool:
-        return not SHARED.isdisjoint(getattr(item, "fixturenames", ()))
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("cluster" if shares(item) else item.path.name))
-    items.sort(key=lambda item: not shares(item))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of two processes one runs the tests of the whole system, which share a cluster; other files stay whole."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRoom(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = Path(nodeid.split("::", maxsplit=1)[0])
+            return "whole system" if path.parent == Path("tests") else str(path)
+
+    return ByRoom(config, log)
 
 
 def free_port() -> int:

@@ -12,7 +12,6 @@ from model.config import (
     Conditioning,
     DenoiserLossConfig,
     DiffusionConfig,
-    TimestepBias,
     UNetConfig,
 )
 from pipelines.config import (
@@ -149,8 +148,6 @@ def check_denoiser_loss(key: str, loss: DenoiserLossConfig) -> None:
         raise ValueError(f"{key}.timestep_bias.multiplier: {bias.multiplier} is not positive and finite")
     if not 0 < bias.portion <= 1:
         raise ValueError(f"{key}.timestep_bias.portion: {bias.portion} is no share above 0 and up to 1")
-    if (bias.strategy is TimestepBias.RANGE) != (bias.range is not None):
-        raise ValueError(f"{key}.timestep_bias.range: is {bias.range} with the strategy {bias.strategy.value!r}")
     if loss.biased_timesteps is not None:
         (first, end), (lowest, highest) = loss.biased_timesteps, loss.timesteps
         if not lowest <= first < end <= highest:

@@ -251,6 +251,10 @@ class TimestepBiasConfig:
     range: tuple[int, int] | None = None
     """First and one past the last timestep that "range" biases."""
 
+    def __post_init__(self) -> None:
+        if (self.strategy == TimestepBias.RANGE) != (self.range is not None):
+            raise ValueError(f"range is {self.range} with the strategy {str(self.strategy)!r}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserLossConfig:

@@ -64,6 +64,13 @@ def submit(
     return ray_job(cluster, folder, *words, environment=environment)
 
 
+def ask(cluster: Cluster, *words: str) -> str:
+    """What `ray job ...` prints, without the seconds that a process takes to start."""
+    told = CliRunner().invoke(job_cli_group, [words[0], "--address", cluster.dashboard, *words[1:]])
+    assert told.exit_code == 0, told.output
+    return told.output
+
+
 @dataclass(frozen=True)
 class Tracking:
     """The MLflow server."""
@@ -96,6 +103,8 @@ class Job:
     folder: Path
     output: str
     """All that it printed."""
+    listed: str = ""
+    """What `ray job list` and `ray job logs` say of it."""
     returncode: int | None = None
     stopped: bool = False
     environment: dict[str, Any] | None = None
@@ -107,7 +116,7 @@ def indexed(cluster: Cluster, finished: Finished, tracking: Tracking, tmp_path_f
     folder = tmp_path_factory.mktemp("indexed")
     words = places(finished, "preprocess", f'index="{folder}/index"', 'stages=["index"]')
     done = submit(cluster, folder, "jobs.preprocess", tracking.settings("preprocess", folder), *words)
-    return Job(folder, done.stdout + done.stderr, done.returncode)
+    return Job(folder, done.stdout + done.stderr, returncode=done.returncode)
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +133,12 @@ def trained(cluster: Cluster, finished: Finished, tracking: Tracking, tmp_path_f
     checkpointed = lambda: any((folder / "base").glob("checkpoints/checkpoint_*/progress.json"))  # noqa: E731
     wait(lambda: checkpointed() or client.get_job_status(job).is_terminal())
     assert client.get_job_status(job) == JobStatus.RUNNING, client.get_job_logs(job)[-3000:]
-    stop = ["stop", "--address", cluster.dashboard, job]
-    told = CliRunner().invoke(job_cli_group, stop)  # `ray job stop`, without the seconds that a process takes to start
-    assert told.exit_code == 0, told.output
+    ask(cluster, "stop", job)
     wait(lambda: client.get_job_status(job).is_terminal())
     stopped = client.get_job_status(job) == JobStatus.STOPPED and not (folder / "base/weights.safetensors").exists()
     train_base.run(load(TrainBaseJob, config, arguments))
-    return Job(folder, client.get_job_logs(job), None, stopped, client.get_job_info(job).runtime_env)
+    listed = ask(cluster, "list") + ask(cluster, "logs", job)
+    return Job(folder, client.get_job_logs(job), listed, None, stopped, client.get_job_info(job).runtime_env)
 
 
 def test_a_submitted_job_does_its_work_and_its_exit_status_is_true(
@@ -152,6 +160,8 @@ def test_a_job_by_the_python_sdk_that_is_stopped_goes_on_with_the_same_command(
 ) -> None:
     assert trained.stopped, trained.output[-3000:]
     assert "train base: " in trained.output
+    assert "jobs.train_base" in trained.listed  # `ray job list`, whose entrypoints these are
+    assert "train base: " in trained.listed  # `ray job logs`
     assert CONTROL.findall(trained.output) == []
     assert trained.environment is not None
     assert trained.environment.keys() <= {"working_dir", "env_vars", "_ray_commit"}  # nothing is installed

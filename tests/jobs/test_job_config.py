@@ -392,7 +392,6 @@ def test_preprocessing_is_refused_with(make, setting):
         "task.loss.min_snr_gamma=0",
         "task.loss.timestep_bias.multiplier=0",
         "task.loss.timestep_bias.portion=0",
-        "task.loss.timestep_bias.range=[0, 5]",
         "task.loss.timestep_bias.strategy=sometimes",
         "task.loss.size_dropout=-0.5",
         "task.loss.offset_noise=-1",
@@ -420,7 +419,8 @@ def test_biased_timesteps_lie_among_those_that_are_drawn(make):
     bounds = "task.loss.timestep_bias.range=[100, 300]"
     assert make(TrainBaseJob, f"{strategy}=range", bounds).task.loss.biased_timesteps == (100, 300)
     assert "[100, 300], which are none or not all" in wrong(make, TrainRefinerJob, f"{strategy}=range", bounds)
-    assert "range: is None with the strategy 'range'" in wrong(make, TrainBaseJob, f"{strategy}=range")
+    assert "timestep_bias: range is None with the strategy 'range'" in wrong(make, TrainBaseJob, f"{strategy}=range")
+    assert "timestep_bias: range is (100, 300) with the strategy 'none'" in wrong(make, TrainBaseJob, bounds)
     few = "task.loss.timestep_bias.portion=0.001"
     assert "[200, 200], which are none" in wrong(make, TrainRefinerJob, f"{strategy}=later", few)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from jobs.cli import check_resources, main, settings
+from jobs.cli import check_resources, main, settings, start_ray
 from jobs.config import GenerateJob
 from pipelines.schema import require_manifest
 from pipelines.storage import Storage
@@ -17,8 +17,12 @@ def run(job: GenerateJob) -> None:
     from pipelines.evaluate.generate import generate_pictures
 
     config, output = job.generate, Storage(job.output, job.storage)
-    if config.resources.gpus:
-        check_resources(job, "generate.resources", GPU=config.resources.gpus * config.resources.workers[0])
+
+    def begin() -> None:
+        start_ray(job)
+        if config.resources.gpus:
+            check_resources(job, "generate.resources", GPU=config.resources.gpus * config.resources.workers[0])
+
     inputs = []
     if config.prompts.index is not None:
         index = Storage(config.prompts.index, job.storage)
@@ -29,7 +33,7 @@ def run(job: GenerateJob) -> None:
     tracked = open_run(uri, stage="generate", name=name, config=settings(job), inputs=inputs, output=output)
     begun = time.perf_counter()
     with closing(tracked):
-        done = generate_pictures(config, output)
+        done = generate_pictures(config, output, begin)
         seconds = time.perf_counter() - begun
         for sheet in done.sheets:
             tracked.file(sheet, output.read(sheet))
@@ -65,4 +69,4 @@ def plan(job: GenerateJob) -> None:
 
 
 if __name__ == "__main__":
-    main(GenerateJob, run, plan)
+    main(GenerateJob, run, plan, needs_ray=False)

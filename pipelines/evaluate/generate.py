@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -47,8 +47,11 @@ class Made:
     """Files of the contact sheets."""
 
 
-def generate_pictures(config: GenerateConfig, output: Storage) -> Made:
-    """Make every picture that is not there yet, then write the contact sheets and, last, the manifest."""
+def generate_pictures(config: GenerateConfig, output: Storage, begin: Callable[[], object] | None = None) -> Made:
+    """Make every picture that is not there yet, then write the contact sheets and, last, the manifest.
+
+    `begin` is called before the first use of Ray, if there is work for it.
+    """
     output.remove_incomplete()
     config = with_diffusion(config, output.options)
     prompts = checked_prompts(config, output.options)
@@ -57,6 +60,8 @@ def generate_pictures(config: GenerateConfig, output: Storage) -> Made:
     there = {file.name for file in output.list("pictures")}
     todo = {name: prompt for name, prompt in zip(names, prompts, strict=True) if name not in there}
     if todo:
+        if begin is not None:
+            begin()
         blocks = batches(list(todo.values()), list(todo), config.batch)
         pictures = dataset_of(blocks).map_batches(
             Generator, fn_constructor_args=(config, made_by, output), **actors(config.resources)

@@ -52,6 +52,7 @@ class Manifest:
     """As much of a manifest as a task reads."""
 
     facts = {"vae": {"scaling_factor": SCALING_FACTOR}}  # noqa: RUF012
+    fingerprint = {"stored_text": "embeddings"}  # noqa: RUF012
 
 
 @pytest.fixture(autouse=True)

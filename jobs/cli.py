@@ -28,6 +28,7 @@ PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 USAGE_ERROR, FAILURE = 2, 1  # exit codes: nothing was started; something failed on its way
 LOOK, HELD = 3, 4  # done, and a person should look at it; not done, until a person has looked
 KNOCK_SECONDS = 20.0  # longest wait for a cluster's head to take a connection
+NOTHING = "null"  # as an override's value
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 PATHS = ("output", "index", "latents", "path", "file", "parquet", "trunk", "heads")  # settings that are paths
 SECRETS = (  # environment variables that no message tells
@@ -73,7 +74,8 @@ def main(
     parser = argparse.ArgumentParser(
         prog=f"python -m {started_module()}",
         description=kind.__doc__,
-        epilog="Each override names a setting by its dotted path, e.g. optimizer.lr=3e-5; values are TOML.",
+        epilog="Each override names a setting by its dotted path, e.g. optimizer.lr=3e-5; values are TOML, and "
+        f"{NOTHING} takes the setting out of the file.",
     )
     parser.add_argument("config", metavar="CONFIG.toml", help="the job's settings")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace those of the file")
@@ -198,7 +200,10 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise JobError(f"{key}: {parent} is not a table")
     if not isinstance(table, dict):
         raise JobError(f"{key}: {parents[-1]} is no table with a {last}")
-    table[last] = value
+    if text == NOTHING:
+        table.pop(last, None)  # TOML has no word for it: the setting is as if the file left it out
+    else:
+        table[last] = value
 
 
 def _make_absolute(values: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from pipelines.config import CropConfig, Size
@@ -88,6 +89,29 @@ def decode_reduced(data: bytes, max_pixels: int, wanted: Size | None) -> tuple[I
     return _to_rgb(image, profile), scale
 
 
+def _decode_to_pixels(data: bytes, max_pixels: int, wanted: Size) -> tuple[np.ndarray, int]:
+    """As decode_reduced, as uint8 [height, width, 3].
+
+    A plain JPEG that needs no reduction goes from its decoder straight into the array. Pillow's pixels are the same,
+    but have four bytes each and have to be copied out. What the decoder complains of is for Pillow to judge.
+    """
+    with open_image(data) as image:
+        if _is_plain(image) and image.width * image.height <= max_pixels and _scale(image, wanted) == 1:
+            try:
+                return simplejpeg.decode_jpeg(data, "RGB", strict=True), 1
+            except ValueError:
+                pass
+    whole, scale = decode_reduced(data, max_pixels, wanted)
+    return _pixels(whole), scale
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether the decoder's pixels are the image: a JPEG of three colours, upright, in sRGB."""
+    if image.format != "JPEG" or image.mode != "RGB" or "icc_profile" in image.info:
+        return False
+    return image.getexif().get(ORIENTATION_TAG, 1) == 1
+
+
 def _scale(image: Image.Image, wanted: Size) -> int:
     if image.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS:
         wanted = (wanted[1], wanted[0])
@@ -146,9 +170,9 @@ def read_crops(
 
     Raises one of DECODE_ERRORS where the file is damaged, truncated or not an image.
     """
-    image, scale = decode_reduced(data, max_pixels, fit(header_size(data), bucket))
-    size = (image.height * scale, image.width * scale)
-    resized = resize(image, fit(size, bucket))
+    pixels, scale = _decode_to_pixels(data, max_pixels, fit(header_size(data), bucket))
+    size = (pixels.shape[0] * scale, pixels.shape[1] * scale)
+    resized = resize(pixels, fit(size, bucket))
     drawn = [draw_crop(size, bucket, crop, draw_id) for draw_id in draw_ids]
     return [(cut_out(resized, bucket, top_left, flip), top_left, flip) for top_left, flip in drawn]
 
@@ -167,7 +191,8 @@ def crop_pixels(
 
     `size` is the original's (height, width) where the image is a reduced one.
     """
-    return cut_out(resize(image, fit(size or (image.height, image.width), bucket)), bucket, top_left, flip)
+    resized = resize(_pixels(image), fit(size or (image.height, image.width), bucket))
+    return cut_out(resized, bucket, top_left, flip)
 
 
 def cut_out(resized: np.ndarray, bucket: Size, top_left: tuple[int, int], flip: bool) -> np.ndarray:
@@ -178,9 +203,8 @@ def cut_out(resized: np.ndarray, bucket: Size, top_left: tuple[int, int], flip: 
     return seen[top : top + bucket[0], left : left + bucket[1]]
 
 
-def resize(image: Image.Image, size: Size) -> np.ndarray:
-    """uint8 [height, width, 3] of an RGB image by Lanczos: Pillow's result within a step or two of 255, much sooner."""
-    pixels = _pixels(image)
+def resize(pixels: np.ndarray, size: Size) -> np.ndarray:
+    """uint8 [height, width, 3] by Lanczos: Pillow's result within a step or two of 255, much sooner."""
     if pixels.shape[:2] == tuple(size):
         return pixels
     import torch  # here, because whoever measures images needs none of it

@@ -221,7 +221,6 @@ def test_a_missing_setting_is_named(make, key):
         ("tracking.uri=http://host:5000/a?b=c", "http://host:5000/a?b=c"),
         ("task.unet.path=/data/lr=1e-4/weights.safetensors", "/data/lr=1e-4/weights.safetensors"),
         ("task.unet.path=s3://bucket/a=b", "s3://bucket/a=b"),
-        ("ray.address=null", "null"),
     ],
 )
 def test_an_override_is_toml_or_else_the_word_itself(make, override, value):
@@ -235,6 +234,15 @@ def test_an_override_is_toml_or_else_the_word_itself(make, override, value):
 def test_an_override_replaces_the_files_value_and_the_last_one_counts(make):
     assert make(TrainBaseJob).batch.micro_size == 4
     assert make(TrainBaseJob, "batch.micro_size=2", "batch.micro_size=8").batch.micro_size == 8
+
+
+def test_an_override_of_null_takes_a_setting_or_a_whole_table_out_of_the_file(make):
+    assert make(GenerateJob).generate.refiner is not None
+    assert make(GenerateJob, "generate.refiner=null").generate.refiner is None
+    refiner = make(GenerateJob, "generate.refiner.path=null", "generate.refiner.seed=0").generate.refiner
+    assert (refiner.path, refiner.seed) == (None, 0)
+    assert "output" in wrong(make, GenerateJob, "output=null")
+    assert "there is no such setting" in wrong(make, GenerateJob, "generate.refinement.path=null")
 
 
 def test_an_override_may_name_what_the_file_leaves_out(make):

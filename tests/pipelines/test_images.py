@@ -1,9 +1,11 @@
 import io
 import struct
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageCms
 
 from pipelines.config import CropConfig
@@ -335,7 +337,7 @@ def test_cropped_pixels_are_those_of_a_plain_resize_and_crop():
     image = Image.fromarray(noise(30, 50))
     bucket, (top, left) = (16, 24), (0, 2)
     assert fit((30, 50), bucket) == (16, 27)
-    whole = resize(image, (16, 27))
+    whole = resize(np.array(image), (16, 27))
     assert np.array_equal(crop_pixels(image, bucket, (top, left), False), whole[top : top + 16, left : left + 24])
 
 
@@ -346,7 +348,7 @@ def test_cropped_pixels_are_those_of_a_plain_resize_and_crop():
 def test_resizing_is_pillows_lanczos(image, size):
     """Within one step of 255, or two here and there where it enlarges."""
     expected = np.asarray(image.resize((size[1], size[0]), Image.Resampling.LANCZOS)).astype(int)
-    apart = np.abs(resize(image, size) - expected)
+    apart = np.abs(resize(np.array(image), size) - expected)
     assert apart.max() <= (1 if size[0] <= image.height else 2)
     assert (apart > 1).mean() < 1e-3
     assert (apart > 0).mean() < 0.03
@@ -394,7 +396,77 @@ def test_a_truncated_file_is_an_error_though_it_is_reduced(share):
         decode_reduced(data[: int(share * len(data))], MAX_PIXELS, (20, 20))
 
 
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+JPEGS = {  # how it is stored, and whether its decoder's pixels are the image
+    "as cameras do": ({"quality": 90}, True),
+    "colours whole": ({"quality": 95, "subsampling": 0}, True),
+    "colours halved across": ({"subsampling": 1}, True),
+    "progressive": ({"progressive": True}, True),
+    "restart marks": ({"restart_marker_rows": 1}, True),
+    "red, green and blue": ({"keep_rgb": True}, True),
+    "upright by its tag": ({"exif": Image.Exif()}, True),
+    "turned by its tag": ({"exif": TURNED}, False),
+    "with a profile": ({"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()}, False),
+    "grey": ({"mode": "L"}, False),
+    "four inks": ({"mode": "CMYK"}, False),
+}
+
+
+def straight(monkeypatch) -> list[int]:
+    """Lengths of the files whose pixels come from the JPEG decoder without Pillow."""
+    found, decoder = [], simplejpeg.decode_jpeg
+
+    def spied(data, *given, **named):
+        pixels = decoder(data, *given, **named)
+        found.append(len(data))
+        return pixels
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", spied)
+    return found
+
+
+@pytest.mark.parametrize(("options", "plain"), JPEGS.values(), ids=JPEGS)
+@pytest.mark.parametrize("sides", [(61, 83), (8, 8), (1, 3)])
+def test_a_jpegs_crop_is_of_pillows_pixels_whichever_way_they_come(options, plain, sides, monkeypatch):
+    taken, options = straight(monkeypatch), dict(options)
+    data = encoded(scene(*sides).convert(options.pop("mode", "RGB")), "JPEG", **options)
+    whole = decode(data, MAX_PIXELS)
+    found, top_left, flip = read_crop(data, (whole.height, whole.width), CropConfig(), "id", MAX_PIXELS)
+    assert (found == np.asarray(whole)).all()
+    assert (top_left, flip) == ((0, 0), False)
+    assert bool(taken) == plain
+
+
+def test_a_damaged_jpeg_is_what_pillow_makes_of_it(monkeypatch):
+    taken, outcomes = straight(monkeypatch), Counter()
+    data, draws = encoded(scene(64, 64), "JPEG", quality=90), np.random.default_rng(0)
+    for number in range(400):
+        damaged = bytearray(data[: draws.integers(len(data))] if number % 4 == 0 else data)
+        for place in draws.integers(len(damaged) or 1, size=number % 3):
+            damaged[place % len(damaged)] = draws.integers(256)
+        try:
+            whole = decode(bytes(damaged), MAX_PIXELS)
+        except DECODE_ERRORS:
+            with pytest.raises(DECODE_ERRORS):
+                read_crop(bytes(damaged), (64, 64), CropConfig(), "id", MAX_PIXELS)
+            outcomes["refused"] += 1
+            continue
+        if (whole.height, whole.width) == (64, 64):
+            found, *_ = read_crop(bytes(damaged), (64, 64), CropConfig(), "id", MAX_PIXELS)
+            assert (found == np.asarray(whole)).all()
+            outcomes["decoded"] += 1
+    assert min(outcomes["refused"], outcomes["decoded"] - len(taken), len(taken)) > 20  # some by each way
+
+
+def test_a_jpeg_that_claims_too_much_is_refused_whichever_way(monkeypatch):
+    taken = straight(monkeypatch)
+    with pytest.raises(ValueError, match="61 x 83"):
+        read_crop(encoded(scene(61, 83), "JPEG"), (61, 83), CropConfig(), "id", 61 * 83 - 1)
+    assert not taken
+
+
 def test_a_flip_mirrors_the_image_and_the_crop_is_counted_from_the_mirrors_left():
     image = Image.fromarray(noise(30, 50))
-    mirrored = Image.fromarray(np.ascontiguousarray(resize(image, (16, 27))[:, ::-1]))
+    mirrored = Image.fromarray(np.ascontiguousarray(resize(np.array(image), (16, 27))[:, ::-1]))
     assert np.array_equal(crop_pixels(image, (16, 24), (0, 2), True), np.asarray(mirrored)[:, 2:26])

@@ -55,8 +55,15 @@ def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> str | None:
 
         @cache
         def tracked() -> Run:
-            name = job.tracking.run_name
-            run = open_run(uri, stage=stage, name=name, config=settings(job), inputs=inputs, output=held.dataset)
+            run = open_run(
+                uri,
+                stage=stage,
+                name=job.tracking.run_name,
+                config=settings(job),
+                inputs=inputs,
+                output=held.dataset,
+                alone=True,
+            )
             stack.enter_context(closing(run))
             return run
 

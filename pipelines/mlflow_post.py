@@ -184,6 +184,8 @@ def _log_inputs(client: Any, run_id: str, inputs: Sequence[Mapping[str, Any]]) -
 
 
 def _set_status(client: Any, run_id: str, data: Mapping[str, Any]) -> None:
+    if data.get("unless_ended") and client.get_run(run_id).info.status != "RUNNING":
+        return
     if data["status"] == "RUNNING":
         client.update_run(run_id, status="RUNNING")
     else:

@@ -2,6 +2,7 @@
 
     <number>.json    entries that were unsent when `keep` was called, oldest first
     <number>-<n>     the bytes of one of them
+    99999999.json    what the next process is to tell, after all else, if this one does not come to its end
 
 A file is written whole, never changed, and deleted when all that is in it is sent. One process at a time has the
 folder; the next one takes up what it finds. Whoever sends must bear being told the same twice: a server can store an
@@ -26,7 +27,7 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0  # between two tries whil
 PICTURE_BYTES = 256 * 1024**2  # pictures that may wait, the oldest are dropped and counted
 TROUBLE_CHARACTERS = 300  # of a message; some hold a whole page
 STOP_SECONDS = 1.0  # for what is on its way
-REFUSED = "refused.json"
+REFUSED, LAST = "refused.json", "99999999.json"
 
 
 class RefusedError(Exception):
@@ -93,7 +94,8 @@ class Outbox:
                 blob, size = row.pop("blob"), row.pop("size")
                 if blob is None or blob in names:  # a dropped picture has lost its bytes
                     found.append(_Waiting(Entry(**row), file=name, blob=blob, size=size))
-            self._number = max(self._number, int(name.removesuffix(".json")) + 1)
+            if name != LAST:
+                self._number = max(self._number, int(name.removesuffix(".json")) + 1)
         with self._changed:
             self._waiting.extendleft(reversed(found))
         if found:
@@ -121,8 +123,7 @@ class Outbox:
                 if entry.blob is not None:
                     item.blob = f"{self._number:08d}-{place}"
                     self._folder.write(item.blob, entry.blob)
-                told = {"kind": entry.kind, "data": entry.data, "picture": entry.picture}
-                rows.append(told | {"blob": item.blob, "size": item.size})
+                rows.append(_row(entry) | {"blob": item.blob, "size": item.size})
             self._folder.write_json(name, {"head": self._head, "entries": rows})
             self._number += 1
             with self._changed:
@@ -133,6 +134,15 @@ class Outbox:
                 waiting = {id(item) for item in self._waiting}
                 sent = [item for item in items if id(item) not in waiting]
             self._clean(sent)
+
+    def foretell(self, entry: Entry) -> None:
+        """Keep an entry without bytes for the next process alone, after all else, until it is taken back."""
+        self._folder.write_json(LAST, {"head": self._head, "entries": [_row(entry) | {"blob": None, "size": 0}]})
+
+    def take_back(self) -> None:
+        """Forget what was foretold, and the folder if nothing else is in it."""
+        self._delete(LAST)
+        self._folder.delete_if_empty()
 
     def flush(self, seconds: float, *, tries: int | None = None) -> bool:
         """Try at once, and wait until all is sent, for so long or for so many tries; gives whether all is sent."""
@@ -283,3 +293,7 @@ class Outbox:
             return  # two threads found it done
         except OSError as error:  # it is told again by the next process, which the server bears
             logging.getLogger(__name__).warning("%s: %s could not be deleted: %s", self._folder.uri, name, error)
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    return {"kind": entry.kind, "data": entry.data, "picture": entry.picture}

@@ -301,6 +301,12 @@ class Storage:
         """Delete the folder `name` and all below it."""
         self.filesystem.delete_dir(self.path(name))
 
+    def delete_if_empty(self) -> None:
+        """Delete this folder where it is local and has nothing in it: elsewhere there are no folders without files."""
+        if self.is_local:
+            with suppress(OSError):
+                os.rmdir(self.root)
+
     def read_json(self, name: str) -> Any:
         """The JSON document `name`."""
         try:

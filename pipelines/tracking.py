@@ -63,12 +63,14 @@ def open_run(
     output: Storage,
     key: str | None = None,
     run_id: str | None = None,
+    alone: bool = False,
 ) -> Run:
     """Start a run of a stage, or go on with the one that has `key` and, if it was ever known, `run_id`.
 
     A new run gets the configuration as parameters and as the artifact config.json, and its input datasets; without a
     name it takes the last part of its output's address. Where the server does not answer, that is said, and the run is
-    opened when it does. Raises ValueError where it refuses.
+    opened when it does. Where the caller is `alone` on its output, as by a lease, and dies, the next one's `send_left`
+    ends the run as KILLED. Raises ValueError where the server refuses.
     """
     ticket = Ticket(uri=uri, stage=stage, key=key or uuid.uuid4().hex, run_id=run_id, output=output)
     try:
@@ -81,6 +83,8 @@ def open_run(
     else:
         run._tell("open", **without_secrets(_opening(stage, name, config, inputs, output)))
     run.start()
+    if alone:
+        run.foretell()
     return run
 
 
@@ -125,6 +129,7 @@ def send_left(uri: str, output: Storage) -> None:
             run.outbox.load()
             run.outbox.flush(END_SECONDS, tries=1)
             run.end()
+            run.ticket.folder.delete_if_empty()
 
 
 class Run:
@@ -192,6 +197,12 @@ class Run:
         if self._post.page is not None:
             print(f"{self.ticket.stage}: {self._post.page}")
 
+    def foretell(self) -> None:
+        """Let the next process on the same output tell that this run was killed, if this one cannot end it."""
+        if self.ticket.run_id is not None:  # else the page has no run that would seem to go on for ever
+            data = {"time": int(time.time() * 1000), "status": "KILLED", "unless_ended": True}
+            self.outbox.foretell(Entry(kind="status", data=data))
+
     def keep(self) -> None:
         """Make sure that what was told outlives this process: sent, or on storage."""
         if self.outbox.trouble or not self.outbox.flush(SETTLE_SECONDS, tries=1):
@@ -207,6 +218,7 @@ class Run:
             self.keep()
             self.outbox.flush(END_SECONDS)
         self.end()
+        self.outbox.take_back()
 
     def end(self) -> None:
         """Tell nothing more; say what is unsent."""

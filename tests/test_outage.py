@@ -178,6 +178,22 @@ def test_a_run_that_goes_on_is_the_same_run_and_its_curves_have_neither_a_gap_no
     assert client.get_model_version_by_alias("sdxl-vae", "newest").version == version.version
     assert kept(tmp_path / "evaluation") == []
 
+    lost = open_run(uri, **place, alone=True)  # whose process is killed
+    assert client.get_run(lost.ticket.run_id).info.status == "RUNNING"
+    send_left(uri, output)
+    assert client.get_run(lost.ticket.run_id).info.status == "KILLED"
+    with closing(open_run(uri, **place, alone=True)) as _:
+        (foretold,) = kept(tmp_path / "run")
+        told = foretold.read_bytes()
+    assert kept(tmp_path / "run") == []
+    assert list((tmp_path / "run/tracking").iterdir()) == []
+    foretold.parent.mkdir()
+    foretold.write_bytes(told)  # as where it is killed between the run's end and its own
+    send_left(uri, output)
+    runs = client.search_runs(["1"], order_by=["attributes.start_time"])
+    assert [run.info.status for run in runs] == ["FINISHED", "KILLED", "FINISHED"]
+    assert kept(tmp_path / "run") == []
+
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n", b"x"], ids=["silent", "dripping", "no-http"])
 def test_a_server_that_takes_calls_and_never_answers_holds_nothing_up(tmp_path, monkeypatch, capsys, answer):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from jobs.cli import load
 from jobs.config import PreprocessJob
@@ -110,6 +112,8 @@ def test_rows_are_those_of_an_unbroken_run_wherever_the_process_dies(
     without_ray(monkeypatch)
     monkeypatch.chdir(tmp_path)
     Path("job.toml").write_text(SETTINGS)
+    # tqdm's own is a semaphore that forked processes share: one that is killed while it draws would stop all others.
+    tqdm.set_lock(threading.RLock())
     render_images(tmp_path / "images", IMAGES, 96)
     torch.manual_seed(1)
     vae = VAE(VAE_PRESETS["tiny"])

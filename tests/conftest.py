@@ -170,7 +170,7 @@ def s3() -> Iterator[S3]:
         ports = {name: free_port() for name in (*names, "s3.port.grpc")}
         command = [str(BIN / "weed"), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         command += [f"-{name}={value}" for name, value in ports.items()]
-        command += ["-master.volumeSizeLimitMB=64", "-volume.max=20", "-filer", "-s3", f"-s3.port={port}"]
+        command += ["-master.volumeSizeLimitMB=64", "-volume.max=100", "-filer", "-s3", f"-s3.port={port}"]
         command += [f"-s3.config={folder}/s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0"]  # else fixed ports
         with open(Path(folder, "weed.log"), "wb") as log:
             server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)

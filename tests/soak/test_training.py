@@ -2,127 +2,192 @@
 
     python -m pytest tests/soak/test_training.py -s --soak 8
 
-Workers and drivers are killed with kill -9, half of them while a checkpoint is being written and the others whenever
-it comes: at start, in a step, in an upload, in the export. Outputs lie on local disk and on S3 in turns. A failure
-names its seed and all kills.
+Killed with kill -9 are workers, drivers, and the node of the second worker, half of them while a checkpoint is being
+written and the others whenever it comes: at start, in a step, in an upload, in the export. Where a kill fell is read
+off the stack of a worker, just before. Outputs lie on local disk and on S3 in turns.
 """
 
 from __future__ import annotations
 
-import math
-import os
+import itertools
 import random
 import re
 import secrets
 import subprocess
-import sys
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load
 
-from pipelines.checkpoints import CHECKPOINTS, list_checkpoints
-from pipelines.storage import Storage, StorageOptions
-from tests.conftest import ROOT, S3, Demo, Finished, ray_workers
+from jobs.demo_images import render_images
+from pipelines.checkpoints import CHECKPOINTS, PROGRESS, list_checkpoints
+from pipelines.lease import FOLDER as LEASES
+from pipelines.storage import TEMPORARY, Storage, StorageOptions
+from tests.conftest import BIN, LOGICAL_CPUS, ROOT, S3, Demo
+from tests.soak.killing import Node, OwnCluster, Tally, ended, start_job, tail, until, write_vae
 from tests.test_survival import curve
 
-IMAGES, CHECKPOINT = 640, 32
+IMAGES, CHECKPOINT, KEEP = 640, 32, 3
 MOST_KILLS = 6  # of one run, so that it comes to its end
-MEAN_SECONDS = 12.0  # between two kills that come whenever it is
+MEAN_SECONDS = 10.0  # between two kills that come whenever it is
 PATIENCE = 60.0  # for a checkpoint that is being written
+HANG = 300.0  # seconds after which a job that nobody kills any more hangs
+KINDS = {"driver": 0.35, "worker": 0.4, "node": 0.25}
+PLACES = {  # by what a worker's stack has, the first that fits
+    "an upload": r"(_send|_put|_send_piped) \(pipelines/storage",
+    "a checkpoint's write": r"_write \(pipelines/train/checkpointing",
+    "a checkpoint's copy": r"save \(pipelines/train/checkpointing",
+    "the export": r"(_export|export) \(pipelines/train/(loop|outputs)",
+    "a restore": r"restore \(pipelines/train/checkpointing",
+    "the start": r"(_task|_engines|hide|__init__) \(pipelines/train",
+    "a step": r"train_on_worker \(pipelines/train/loop",
+}
 
 
 @dataclass
-class Soak:
-    """One run of the loop."""
+class Loop:
+    """One training: the command again and again, killed as the seed has it, until it is finished."""
 
+    cluster: OwnCluster
+    node: Node
+    tally: Tally
     random: random.Random
-    until: float = math.inf
-    """When the last process is killed, by the monotonic clock: what is left then comes to its end."""
-    kills: list[str] = field(default_factory=list)
+    demo: Demo
+    output: Storage
+    command: list[str]
+    left: int
+    """Kills that are left."""
+    until: float
+    """When the last process is killed, by the monotonic clock."""
 
-    def train(self, demo: Demo, output: Storage, options: list[str], most_kills: int) -> None:
-        """Start a training again and again, while it is killed up to `most_kills` times, until it is finished."""
-        command = [sys.executable, "-m", "jobs.train_base", str(ROOT / "jobs/configs/demo/cpu/train_base.toml")]
-        command += demo.arguments("train_base", *options, f"output={output.uri}")
-        left = most_kills
-        while True:
-            with open(demo.root / "driver.log", "ab") as log:
-                driver = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
-            while left and driver.poll() is None and time.monotonic() < self.until:
-                left -= self._kill(driver, output)
-            if driver.wait(300) == 0:
-                return
-            if driver.returncode != -9:
-                log_end = (demo.root / "driver.log").read_text()[-5000:]
-                raise AssertionError(f"ended with {driver.returncode} after {self.kills}:\n{log_end}")
+    def run(self) -> Node:
+        """Train to the end; gives the second node as it is then."""
+        for attempt in itertools.count():
+            log = self.demo.root / f"attempt-{attempt}.log"
+            driver = start_job(self.cluster, log, *self.command)
+            while self.left and driver.poll() is None and time.monotonic() < self.until:
+                self.left -= self._kill(driver)
+            code = ended(driver, log, HANG, f"seeds {self.tally.seeds}, {log}")
+            if code == 0:
+                return self.node
+            assert code == -9, f"seeds {self.tally.seeds}: ended with {code}\n{tail(log)}"
+            self.tally.counts["restarts"] += 1
+        raise AssertionError("unreachable")
 
-    def _kill(self, driver: subprocess.Popen[bytes], output: Storage) -> bool:
-        """Wait for a moment, and kill a worker or the driver; gives whether there was one to be killed."""
-        in_checkpoint = self.random.random() < 0.5
-        deadline = time.monotonic() + (PATIENCE if in_checkpoint else self.random.expovariate(1 / MEAN_SECONDS))
-        while time.monotonic() < deadline and driver.poll() is None and not (in_checkpoint and unfinished(output)):
-            time.sleep(0.002)
-        workers = ray_workers("RayTrainWorker")
-        victim = "driver" if self.random.random() < 0.4 or not workers else "worker"
+    def _kill(self, driver: subprocess.Popen[bytes]) -> bool:
+        """Wait for a moment, and kill; gives whether there was something to be killed."""
+        kind = self.random.choices(list(KINDS), list(KINDS.values()))[0]
+        if self.random.random() < 0.5:
+            until(lambda: unfinished(self.output), driver, PATIENCE)
+        else:
+            until(lambda: False, driver, self.random.expovariate(1 / MEAN_SECONDS))
+        workers = self.cluster.workers("RayTrainWorker")
+        if driver.poll() is not None or (kind == "worker" and not workers):
+            return False
+        victim = self.random.choice(workers) if workers else None
+        where = place_of(victim) if victim else "before workers"
         if driver.poll() is not None:
             return False
-        os.kill(driver.pid if victim == "driver" else self.random.choice(workers).pid, 9)
-        if victim == "driver":
+        if kind == "driver":
+            driver.kill()
             driver.wait()
-        caught = " with a checkpoint unfinished" if unfinished(output) else ""
-        self.kills.append(f"{victim}{caught} at {newest(output)} images")
-        print(self.kills[-1], flush=True)
+        elif kind == "node":
+            self.node.kill()
+            self.cluster.nodes.remove(self.node)
+            self.node = self.cluster.add_node(LOGICAL_CPUS - 1)
+        elif victim is not None:
+            victim.kill()
+        self.tally.killed(kind, where)
         return True
 
 
+def make_latents(cluster: OwnCluster, demo: Demo) -> None:
+    """Latents of rendered pictures by a VAE of random weights, in the demo's folder."""
+    render_images(demo.root / "images", 24, 96)
+    config, log = str(ROOT / "jobs/configs/demo/cpu/preprocess.toml"), demo.root / "preprocess.log"
+    write_vae(demo.root / "vae.safetensors")
+    words = [*demo.arguments("preprocess"), f"vae.path={demo.root}/vae.safetensors"]
+    job = start_job(cluster, log, "jobs.preprocess", config, *words)
+    assert ended(job, log, HANG, "preprocessing") == 0, tail(log)
+
+
+def command(made: Demo, demo: Demo, output: str, *options: str) -> list[str]:
+    """A training on the latents that were made, a worker on each of two nodes; its curves are in the demo's folder."""
+    words = [word for word in demo.arguments("train_base") if not word.startswith(("output=", "task."))]
+    words += [f"output={output}", f"task.latents={made.root}/latents", f"task.vae.path={made.root}/vae.safetensors"]
+    words += ["schedule.sample_images=0", "schedule.validation_images=0", "workers.max_failures=1000"]
+    words += [f"workers.cpus={LOGICAL_CPUS - 1}", *options]
+    return ["jobs.train_base", str(ROOT / "jobs/configs/demo/cpu/train_base.toml"), *words]
+
+
+def place_of(worker: psutil.Process) -> str:
+    """What a worker is at, by the stacks of its threads."""
+    command = [str(BIN / "py-spy"), "dump", "--nonblocking", "--pid", str(worker.pid)]
+    stack = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return next((place for place, seen in PLACES.items() if re.search(seen, stack)), "imports")
+
+
 def unfinished(output: Storage) -> bool:
-    """Whether a checkpoint is being written, or was when its worker was killed."""
-    folders = {"/".join(file.name.split("/")[:2]) for file in output.list(CHECKPOINTS)}
-    return bool(folders - set(list_checkpoints(output)))
+    """Whether a checkpoint is being written, or deleted, or was when its worker was killed."""
+    folders = output.folders(CHECKPOINTS)
+    return bool(folders - {file.name.removesuffix(f"/{PROGRESS}") for file in output.list(CHECKPOINTS)})
 
 
-def newest(output: Storage) -> int:
-    """Images that the newest whole checkpoint has seen."""
-    return max((int(re.findall(r"_0*(\d+)_", name)[0]) for name in list_checkpoints(output)), default=0)
+def nothing_is_left(output: Storage) -> None:
+    """Checkpoints are whole, and as many as are kept, or one more where the last deletion was killed; no claim is left,
+    and no temporary file."""
+    assert len(list_checkpoints(output)) in (KEEP, KEEP + 1)
+    assert not unfinished(output)
+    assert not [file.name for file in output.list(LEASES) if not file.name.endswith(".broken")]
+    if output.is_local:
+        assert not list(Path(output.uri).rglob(f"{TEMPORARY}*"))
 
 
 @pytest.mark.timeout(0)
 def test_training_that_is_killed_at_random_ends_with_the_weights_of_an_unbroken_run(
-    finished: Finished, s3: S3, tmp_path: Path, pytestconfig: pytest.Config
+    s3: S3, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    seed = secrets.randbits(32)
-    soak, runs = Soak(random.Random(seed)), 0
-    options = [
-        f"schedule.images={IMAGES}",
-        f"schedule.checkpoint_images={CHECKPOINT}",
-        f"schedule.log_images={CHECKPOINT}",
-    ]
-    options += ["schedule.sample_images=0", "schedule.validation_images=0", "workers.max_failures=1000"]
-    options += [f"task.latents={finished.root}/latents", f"task.vae.path={finished.root}/vae"]
-    options += [f"storage.s3_endpoint={s3.endpoint}", "storage.s3_region=us-east-1"]
+    seed, tally = secrets.randbits(24), Tally("training")
+    made = Demo(tmp_path / "made")
+    options = [f"schedule.{name}_images={CHECKPOINT}" for name in ("checkpoint", "log")]
+    options += [f"schedule.images={IMAGES}", f"schedule.keep_checkpoints={KEEP}", "storage.s3_region=us-east-1"]
+    options += [f"storage.s3_endpoint={s3.endpoint}"]
     reach = StorageOptions(s3_endpoint=s3.endpoint, s3_region="us-east-1")
 
-    def run(name: str, uri: str, most_kills: int) -> dict[str, torch.Tensor]:
-        demo, output = Demo(tmp_path / name), Storage(uri, reach)
-        demo.root.mkdir()
-        soak.train(demo, output, options, most_kills)
-        assert curve(demo.root, "images_seen") == list(range(CHECKPOINT, IMAGES + 1, CHECKPOINT))
-        return load(output.read("weights.safetensors"))
+    with OwnCluster() as cluster:
+        make_latents(cluster, made)
+        node = cluster.add_node(LOGICAL_CPUS - 1)
 
-    unbroken = run("unbroken", f"{tmp_path}/unbroken/base", 0)
-    soak.until = time.monotonic() + 60 * pytestconfig.getoption("--soak")
-    while time.monotonic() < soak.until:
-        name = f"run{runs}"
-        uri = f"s3://{s3.bucket}/{seed}/{name}" if runs % 2 else f"{tmp_path}/{name}/base"
-        weights = run(name, uri, MOST_KILLS)
-        different = [key for key, value in unbroken.items() if not torch.equal(weights[key], value)]
-        assert not different, f"seed {seed}: {different} after {soak.kills}"
-        runs += 1
-    counts = Counter(re.sub(r" at .*", "", kill) for kill in soak.kills)
-    print(f"\nseed {seed}: {runs} runs equal the unbroken one after {len(soak.kills)} kills: {dict(counts)}")
-    assert soak.kills
+        def train(name: str, uri: str, kills: int, end: float) -> dict[str, torch.Tensor]:
+            nonlocal node
+            demo, output = Demo(tmp_path / name), Storage(uri, reach)
+            demo.root.mkdir()
+            words = command(made, demo, uri, *options)
+            node = Loop(cluster, node, tally, random.Random(seed), demo, output, words, kills, end).run()
+            assert curve(demo.root, "images_seen") == list(range(CHECKPOINT, IMAGES + 1, CHECKPOINT))
+            nothing_is_left(output)
+            return load(output.read("weights.safetensors"))
+
+        begun = time.monotonic()
+        unbroken = train("unbroken", f"{tmp_path}/unbroken/base", 0, 0)
+        print(f"an unbroken run takes {time.monotonic() - begun:.0f} s", flush=True)
+        tally.begun = time.monotonic()
+        end = tally.begun + 60 * pytestconfig.getoption("--soak")
+        while time.monotonic() < end:
+            tally.seeds.append(seed)
+            place = "s3" if len(tally.seeds) % 2 == 0 else "local"
+            name = f"run-{seed}"
+            uri = f"s3://{s3.bucket}/{name}" if place == "s3" else f"{tmp_path}/{name}/base"
+            weights = train(name, uri, MOST_KILLS, end)
+            assert weights.keys() == unbroken.keys()
+            different = [key for key, value in unbroken.items() if not torch.equal(weights[key], value)]
+            assert not different, f"seed {seed}: {different}"
+            tally.counts[f"runs equal to the bit ({place})"] += 1
+            tally.counts["steps compared"] += IMAGES // 8
+            seed += 1
+    tally.show()
+    assert tally.kills

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING
 
-from jobs.cli import HELD, LOOK, USAGE_ERROR, JobError, check_resources, main, settings, start_ray
+from jobs.cli import FAILURE, HELD, LOOK, USAGE_ERROR, JobError, check_resources, main, settings, start_ray
 from jobs.config import PreprocessJob
 from pipelines.lease import InUseError, Lease, lease
 from pipelines.preprocess.alert import HeldError
@@ -26,8 +27,22 @@ SHOWN_FAILURES = 20  # the manifest has them all
 
 
 def run(job: PreprocessJob) -> None:
-    """Run the configured stages. Raises JobError, after the last, where a person should look at what was done."""
-    looks = [look for stage in job.stages if (look := run_stage(job, stage)) is not None]
+    """Run the configured stages. Raises JobError, after the last, where a person should look at what was done.
+
+    A stage that fails or does not start ends the job, and what was to be looked at before it is told with it.
+    """
+    looks: list[str] = []
+    for number, stage in enumerate(job.stages):
+        try:
+            look = run_stage(job, stage)
+        except JobError as error:
+            code = FAILURE if number and error.code == USAGE_ERROR else error.code  # an earlier stage has done its work
+            raise JobError("\n".join([*looks, str(error)]), code) from error
+        except (ValueError, OSError):
+            for line in looks:
+                print(f"warning: {line}", file=sys.stderr)
+            raise
+        looks += [] if look is None else [look]
     if looks:
         raise JobError("\n".join(looks), LOOK)
 

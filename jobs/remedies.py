@@ -43,6 +43,12 @@ REMEDIES = (
         "finished stays. storage.s3_attempts and storage.s3_timeout_seconds say how long a job is patient.",
     ),
     Remedy(
+        cause="shared memory full",
+        pattern=r"/dev/shm.*No space left|No space left.*/dev/shm|shared memory segment",
+        advice="Give the container more of it: shm_size in a compose file, docker run --shm-size, the sizeLimit of the "
+        "emptyDir at /dev/shm on Kubernetes. Ray's objects and NCCL's buffers lie there.",
+    ),
+    Remedy(
         cause="disk full",
         pattern=r"No space left on device|Disk quota exceeded|OutOfDiskError|file_system_monitor",
         advice="Make room, or give another output, and run the same command again: what is finished stays, and "
@@ -70,7 +76,7 @@ REMEDIES = (
     ),
     Remedy(
         cause="Ray token missing or wrong",
-        pattern=r"(?i)unauthenticated|invalid or missing authentication token|authentication token",
+        pattern=r"(?i)unauthenticated|authentication (token|failed|required)",
         advice="Set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN where the command is given; every node has "
         "the same.",
     ),
@@ -93,6 +99,11 @@ REMEDIES = (
         advice="Another worker died, or the network between nodes is closed: look for the first error above. All "
         "ports have to be open between workers (infra/kubernetes/network.yaml); NCCL_DEBUG=INFO tells more. "
         "The same command goes on from the last checkpoint.",
+    ),
+    Remedy(
+        cause="no compiler",
+        pattern=r"Failed to find C compiler|No working C\+\+ compiler|InvalidCxxCompiler",
+        advice="Set workers.compile=false, or install gcc and g++ on every node: compiled blocks are built there.",
     ),
     Remedy(
         cause="GPU asked for on a machine without one",

@@ -47,11 +47,11 @@ COUNTED = "torch.utils.flop_counter on this repository's networks (2 per multipl
 BENCHMARK = "tests/benchmarks/test_unit_costs.py, CPU time on one core of a shared two-core machine"
 MEASURED_MP = {"1mp": 1024 * 1024 / 1e6, "12mp": 12.0}  # sizes of the JPEG files, megapixels
 UNIT_COSTS: Mapping[str, UnitCost] = {
-    "index_1mp": UnitCost(value=0.0105, unit="core-seconds per image", source=BENCHMARK, date="2026-11"),
-    "index_12mp": UnitCost(value=0.164, unit="core-seconds per image", source=BENCHMARK, date="2026-11"),
-    "crop_1mp": UnitCost(value=0.0102, unit="core-seconds per image", source=BENCHMARK, date="2026-11"),
-    "crop_12mp": UnitCost(value=0.283, unit="core-seconds per image", source=BENCHMARK, date="2026-11"),
-    "index_row_bytes": UnitCost(value=102, unit="bytes per image in the index", source=BENCHMARK, date="2026-11"),
+    "index_1mp": UnitCost(value=0.0104, unit="core-seconds per image", source=BENCHMARK, date="2026-11"),
+    "index_12mp": UnitCost(value=0.0955, unit="core-seconds per image", source=BENCHMARK, date="2026-11"),
+    "crop_1mp": UnitCost(value=0.0093, unit="core-seconds per image", source=BENCHMARK, date="2026-11"),
+    "crop_12mp": UnitCost(value=0.116, unit="core-seconds per image", source=BENCHMARK, date="2026-11"),
+    "index_row_bytes": UnitCost(value=103, unit="bytes per image in the index", source=BENCHMARK, date="2026-11"),
     "text_tflop": UnitCost(value=0.1112, unit="TFLOP per caption, both text encoders", source=COUNTED, date="2026-11"),
 }
 SIDES = (256, 512, 1024)  # pixels, at which operations were counted
@@ -180,6 +180,7 @@ class StageCost:
     """Requests."""
     writes: float
     compute_price: float
+    """Of all machines of its kinds from its start to its end, be they at work or waiting."""
     storage_price: float
     limit: str
     """What it waits for."""
@@ -247,13 +248,15 @@ def plan_capacity(
             "requests": (reads + writes) / store.requests_per_second / HOUR,
         }
         limit = max(limits, key=lambda name: limits[name])
+        hours = limits[limit]
+        held = (cpu.cores if cores else 0) * cpu.price + (pool.count if gpu_hours else 0) * pool.price  # for an hour
         nodes = (math.ceil(pool.count / pool.per_node) if gpu_hours else 0) + (
             math.ceil(cpu.cores / cpu.cores_per_node) if cores else 0
         )
         costs.append(
             StageCost(
                 name=stage.name,
-                hours=limits[limit],
+                hours=hours,
                 nodes=nodes,
                 core_hours=cores,
                 gpu_hours=gpu_hours,
@@ -262,7 +265,7 @@ def plan_capacity(
                 kept_bytes=keep,
                 reads=reads,
                 writes=writes,
-                compute_price=cores * cpu.price + gpu_hours * pool.price,
+                compute_price=hours * held,
                 storage_price=keep / GB * store.gb_month * store.months
                 + reads / 1e6 * store.million_reads
                 + writes / 1e6 * store.million_writes,

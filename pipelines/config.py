@@ -233,13 +233,18 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 USER_INFO = re.compile(r"(?<=://)[^/@\s?#]+@")  # user:password@ of an address
+QUERY_SECRET = re.compile(
+    r"(?i)([?&](?:[\w.-]*(?:password|passwd|token|secret|signature|credential|api_?key))=)[^&#\s'\"]+"
+)
 HIDDEN = "***"
 
 
 def without_secrets(value: Any) -> Any:
-    """A JSON value, or a text, in which no address tells its user and password any more."""
+    """A JSON value, or a text, in which no address tells its user and password any more, nor a secret after its "?"."""
     if isinstance(value, Mapping):
         return {key: without_secrets(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_secrets(item) for item in value]
-    return USER_INFO.sub(f"{HIDDEN}@", value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return QUERY_SECRET.sub(rf"\1{HIDDEN}", USER_INFO.sub(f"{HIDDEN}@", value))

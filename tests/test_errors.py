@@ -145,6 +145,15 @@ def test_an_address_where_no_cluster_is(told, monkeypatch):
             "workers that do not reach each other",
             "[gloo/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]",
         ),
+        (
+            "shared memory full",
+            "NCCL WARN Error while creating shared memory segment /dev/shm/nccl-8Hk2 (size 9637888), "
+            "error: No space left on device (28)",
+        ),
+        ("disk full", "OSError: [Errno 28] No space left on device"),
+        ("Ray token missing or wrong", "Authentication failed: Forbidden: Invalid authentication token"),
+        ("no compiler", "Failed to find C compiler. Please specify via CC environment variable"),
+        ("no compiler", "torch._inductor.exc.InvalidCxxCompiler: No working C++ compiler found in CppConfig.cxx"),
         ("machine too busy to start Ray", "Exception: The current node timed out during startup. This could happen"),
         ("GPU asked for on a machine without one", "RuntimeError: No CUDA GPUs are available"),
     ],

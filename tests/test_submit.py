@@ -345,3 +345,4 @@ def test_a_client_without_the_token_is_refused(cluster: Cluster, finished: Finis
     config = "jobs/configs/demo/cpu/preprocess.toml"
     refused = submit(cluster, tmp_path, "jobs.preprocess", config, environment=environment)
     assert refused.returncode != 0
+    assert "Invalid authentication token" in refused.stdout + refused.stderr

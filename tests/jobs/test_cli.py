@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from jobs import generate, preprocess
-from jobs.cli import FAILURE, USAGE_ERROR, WORKER_ENVIRONMENT, main
+from jobs.cli import FAILURE, HELD, LOOK, USAGE_ERROR, WORKER_ENVIRONMENT, JobError, main
 from jobs.config import GenerateJob, PreprocessJob
+from pipelines.config import without_secrets
 from pipelines.schema import Manifest
 from pipelines.storage import Storage
 from pipelines.tracking import Lineage, open_run
@@ -180,3 +181,40 @@ def test_no_password_is_told_to_mlflow(folder):
     assert "planted" not in str(run.to_dictionary())
     kept = client.download_artifacts(run_id, "config.json", str(folder))
     assert "planted" not in Path(kept).read_text()
+
+
+@pytest.mark.parametrize(
+    ("latents", "code"),
+    [(None, LOOK), (USAGE_ERROR, FAILURE), (FAILURE, FAILURE), (HELD, HELD), (OSError("disk"), FAILURE)],
+)
+def test_what_a_stage_asks_to_look_at_is_told_however_the_next_one_ends(folder, capsys, monkeypatch, latents, code):
+    def stage(job: PreprocessJob, name: str) -> str | None:
+        if name == "index":
+            return "index: look at it"
+        if isinstance(latents, int):
+            raise JobError("latents: ended", latents)
+        if latents is not None:
+            raise latents
+        return None
+
+    monkeypatch.setattr(preprocess, "run_stage", stage)
+    with pytest.raises(SystemExit) as ending:
+        main(PreprocessJob, preprocess.run, preprocess.plan, ["job.toml"], needs_ray=False)
+    assert ending.value.code == code
+    assert "index: look at it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("postgresql://me:word@host/db", "postgresql://***@host/db"),
+        (
+            "postgresql://host/db?user=me&password=word&sslmode=require",
+            "postgresql://host/db?user=me&password=***&sslmode=require",
+        ),
+        ("http://host/a?X-Amz-Signature=abc&x=1", "http://host/a?X-Amz-Signature=***&x=1"),
+        ("s3://bucket/images?of=cats", "s3://bucket/images?of=cats"),
+    ],
+)
+def test_an_address_is_told_without_its_secrets(address, told):
+    assert without_secrets({"uri": [address]}) == {"uri": [told]}

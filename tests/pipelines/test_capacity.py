@@ -1,6 +1,7 @@
 """The capacity plan: what is counted is counted right, and the arithmetic is that of the units."""
 
 import dataclasses
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -64,14 +65,33 @@ def planned(*overrides: str):
 
 def test_a_stage_of_training_is_operations_over_what_the_gpus_reach():
     cost = planned("train_gpu.count=128", "train_gpu.utilization=0.5", "train_gpu.price=2.0", FAST)["base 256"]
-    assert cost.gpu_hours == pytest.approx(1_228_800_000 * 1.23084 / (312 * 0.5) / 3600)
+    assert cost.gpu_hours == pytest.approx(1_228_800_000 * 1.23084 * 4 / 3 / (312 * 0.5) / 3600)
     assert cost.hours == pytest.approx(cost.gpu_hours / 128)
-    assert cost.compute_price == pytest.approx(cost.gpu_hours * 2)
+    assert cost.compute_price == pytest.approx(cost.gpu_hours * 2)  # they are the limit: none waits
     assert cost.nodes == 16
     assert cost.kept_bytes == pytest.approx(2 * 16 * 2_567_463_684)
     again = planned("train_gpu.count=256", "train_gpu.utilization=0.5", "train_gpu.price=2.0", FAST)["base 256"]
     assert again.hours == pytest.approx(cost.hours / 2)
     assert again.compute_price == pytest.approx(cost.compute_price)
+
+
+def test_machines_that_wait_are_paid():
+    waiting = planned("store.requests_per_second=100")["base 256"]
+    assert waiting.limit == "requests"
+    assert waiting.compute_price == pytest.approx(waiting.hours * 256 * 3.0)
+    both = planned()["latents 256"]
+    assert both.compute_price == pytest.approx(both.hours * (4096 * 0.02 + 64 * 3.0))
+
+
+def test_the_planned_stages_are_those_that_are_shipped():
+    shipped = {"vae 256": "train_vae", "base 256": "train_base_256", "base 512": "train_base_512"}
+    shipped |= {"base 1024": "train_base", "refiner 1024": "train_refiner"}
+    stages = {stage.name: stage for stage in load(PlanJob, CONFIG, []).stages}
+    assert {name for name, stage in stages.items() if stage.images_seen} == shipped.keys()
+    for name, file in shipped.items():
+        settings = tomllib.loads((ROOT / f"jobs/configs/sdxl/{file}.toml").read_text())
+        assert stages[name].images_seen == settings["schedule"]["images"], name
+        assert stages[name].activation_checkpointing == settings["workers"].get("activation_checkpointing", False), name
 
 
 def test_encoding_waits_for_whichever_is_slower_cores_or_gpus():

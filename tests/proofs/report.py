@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipelines.pictures import to_pixels
 
+FIRST_SEED = 10  # trials while a proof was set up had others
 LINE, MARGIN, LEAST_WIDTH = 16, 4, 640  # pixels of a sheet
 
 
@@ -43,7 +44,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.mean(values):.{digits}f} ({least:.{digits}f} to {greatest:.{digits}f})"
 
 
-def sheet(rows: Sequence[tuple[str, Tensor]], side: int = 48) -> Image.Image:
+def sheet(rows: Sequence[tuple[str, Tensor]], side: int = 64) -> Image.Image:
     """Rows of pictures, each map `side` pixels high, a label above each row."""
     lines = []
     for label, maps in rows:
@@ -60,17 +61,19 @@ def sheet(rows: Sequence[tuple[str, Tensor]], side: int = 48) -> Image.Image:
     return page
 
 
-def main(prove: Prove, images: int, samples: int) -> None:
+def main(prove: Prove, images: int, samples: int, first_seed: int = FIRST_SEED) -> None:
     """Run a proof from the command line: write table and picture into a folder after each seed, and print the last."""
     parser = argparse.ArgumentParser(description=prove.__doc__)
     parser.add_argument("--images", type=int, default=images, help="pictures that each network is trained on")
     parser.add_argument("--samples", type=int, default=samples, help="pictures that each figure is measured on")
     parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
     parser.add_argument("--out", type=Path, default=Path("docs/proofs"))
+    parser.add_argument("--first-seed", type=int, default=first_seed, help="of data, networks and noise")
     options = parser.parse_args()
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
     torch.set_num_threads(1)
     begun = time.process_time()
-    for number, proof in enumerate(prove(options.images, range(options.seeds), options.samples), start=1):
+    for number, proof in enumerate(prove(options.images, seeds, options.samples), start=1):
         effort = (
             f"{options.images:,} pictures for each network, {number} of each kind, {options.samples} samples a figure"
         )

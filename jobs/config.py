@@ -178,6 +178,16 @@ class TrainingJob(Job):
             raise ValueError(
                 'optimizer.implementation: "8bit" saves memory of the GPU, where offloading leaves nothing'
             )
+        if workers.zero_stage == 3 and self.optimizer.implementation == "8bit":
+            raise ValueError(
+                'optimizer.implementation: "8bit" works under stages 0 to 2, and workers.zero_stage is 3; take 2, or '
+                '"auto"'
+            )
+        if workers.zero_stage == 3 and workers.compile:
+            raise ValueError(
+                "workers.compile: blocks are compiled whole, and stage 3 gathers weights within them; take "
+                "workers.zero_stage 1 or 2, or leave workers.compile off"
+            )
         if workers.fewest > workers.count:
             raise ValueError(f"workers.min_count: {workers.fewest} is more than workers.count, {workers.count}")
         passes = -(-batch.global_size // (batch.micro_size * workers.fewest))
@@ -412,6 +422,8 @@ class CleanJob(Job):
     """Folders of indexes and latents, local or s3://."""
     runs: tuple[str, ...] = ()
     """Outputs of training runs; the versions of datasets that they read stay."""
+    evaluations: tuple[str, ...] = ()
+    """Outputs of jobs.evaluate: the versions of indexes that they measure on stay. Nothing is removed there."""
     pictures: tuple[str, ...] = ()
     """Outputs of jobs.generate. They have no lease: give none that is being written."""
     keep: RetentionConfig = Field(default_factory=RetentionConfig)

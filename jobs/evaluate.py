@@ -10,7 +10,6 @@ from jobs.cli import JobError, check_resources, main, settings
 from jobs.config import EvaluateJob
 from pipelines.checkpoints import RUN
 from pipelines.config import without_secrets
-from pipelines.schema import require_manifest
 from pipelines.storage import Storage
 from pipelines.tracking import Lineage, Run, Ticket, closing, joined, open_run, send_left, tracking_uri
 
@@ -47,14 +46,15 @@ def run(job: EvaluateJob) -> None:
 def plan(job: EvaluateJob) -> None:
     """Print what would be measured, and on which images."""
     from model.weights import Kind
-    from pipelines.evaluate.evaluate import evaluated_rows
+    from pipelines.evaluate.evaluate import evaluated_rows, pinned_index
     from pipelines.evaluate.generate import checked_prompts
     from pipelines.evaluate.subjects import subjects
 
     config = job.evaluate
+    index = pinned_index(config, Storage(job.output, job.storage))
     if config.generate is not None:
-        checked_prompts(config.generate, job.storage)
-    rows = evaluated_rows(config, job.storage)
+        checked_prompts(config.generate, job.storage, index.digest)
+    rows = evaluated_rows(config, job.storage, index)
     weights, kind = config.weights, Kind.VAE if config.network == "vae" else Kind.UNET
     names = [name for name in ("inception", "clip", "lpips") if getattr(config, name) is not None]
     print(
@@ -77,10 +77,11 @@ def _mlflow_run(job: EvaluateJob, uri: str) -> Iterator[Run]:
         with joined(training) as tracked:
             yield tracked
         return
-    index = Storage(job.evaluate.index, job.storage)
-    inputs = [Lineage(name="index", uri=index.uri, manifest=require_manifest(index, "index"))]
+    from pipelines.evaluate.evaluate import pinned_index
+
+    index, output = Storage(job.evaluate.index, job.storage), Storage(job.output, job.storage)
+    inputs = [Lineage(name="index", uri=index.uri, manifest=pinned_index(job.evaluate, output))]
     name = job.tracking.run_name
-    output = Storage(job.output, job.storage)
     send_left(uri, output)
     tracked = open_run(uri, stage="evaluate", name=name, config=settings(job), inputs=inputs, output=output)
     with closing(tracked):

@@ -52,21 +52,19 @@ def train_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
 
 def plan_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
     """Print rows, buckets, steps, parameters and memory, and check the dataset against the networks."""
-    from pipelines.estimate import parameters, readable
+    from pipelines.estimate import parameters, readable, trained_parameters
     from pipelines.train.launch import check_latents
+    from pipelines.train.optimizers import check_sizes
 
     if isinstance(job, TrainDenoiserJob):
         manifest = require_manifest(Storage(job.task.latents, job.storage), "latents")
         check_latents(job.task, manifest, job.storage)
         rows = manifest.rows
-        networks = {"unet": parameters("unet", job.task.unet.preset)}
     else:
         manifest = require_manifest(Storage(job.task.index, job.storage), "index")
         rows = manifest.counts.get("kept", 0)
-        networks = {
-            "vae": parameters("vae", job.task.vae.preset),
-            "discriminator": parameters("discriminator", job.task.discriminator),
-        }
+    networks = trained_parameters(job.task)
+    check_sizes(job.optimizer, job.workers, networks)
     if isinstance(job, TrainVAEJob) and job.task.lpips is None:
         print(f"{stage}: no perceptual term, since task.lpips names no weights")
     print(f"{stage}: {rows} rows; " + ", ".join(f"{count} {name}" for name, count in manifest.counts.items()))

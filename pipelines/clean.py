@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pipelines.checkpoints import CHECKPOINTS, PROGRESS, RUN, list_checkpoints
 from pipelines.config import RetentionConfig
+from pipelines.evaluate.config import PINNED
 from pipelines.lease import FOLDER as LEASES
 from pipelines.schema import MANIFEST, digest
 from pipelines.storage import FileStat, Storage
@@ -105,6 +106,13 @@ def pinned_by(run: Storage) -> str:
     if not run.exists(RUN):
         raise FileNotFoundError(f"{run.uri} holds no training run")
     return str(run.read_json(RUN)["pinned"])
+
+
+def pinned_by_evaluation(output: Storage) -> set[str]:
+    """Digests of the index versions that an evaluation measures on. Raises FileNotFoundError where there is none."""
+    if not output.exists(PINNED):
+        raise FileNotFoundError(f"{output.uri} holds no evaluation")
+    return set(output.read_json(PINNED).values())
 
 
 def remove(folder: Storage, leftovers: Iterable[Leftover]) -> None:

@@ -344,14 +344,15 @@ def kept_rows(index: Storage, manifest: Manifest) -> pa.Table:
     """The index rows that are kept, with their kept captions and the key that their latents row has, sorted by it."""
     columns = [name for name in INDEX_SCHEMA.names if name not in INDEX_ONLY]
     names = [file.name for file in data_files(index, manifest)]
-    kept = [_kept(rows) for rows in index.read_tables(names, columns)]
-    rows = pa.concat_tables(kept or [_kept(INDEX_SCHEMA.empty_table().select(columns))])
+    tables = [kept(rows) for rows in index.read_tables(names, columns)]
+    rows = pa.concat_tables(tables or [kept(INDEX_SCHEMA.empty_table().select(columns))])
     if COMPUTED in manifest.facts:
         rows = with_computed(rows, index, manifest.facts[COMPUTED]).drop_columns([Column.CLIP_SIMILARITY])
     return _with(rows, Column.KEY, row_digests(rows.select(LATENTS_IDENTITY))).sort_by(Column.KEY)
 
 
-def _kept(rows: pa.Table) -> pa.Table:
+def kept(rows: pa.Table) -> pa.Table:
+    """Those of an index's rows that are kept, with their kept captions."""
     rows = rows.filter(pc.is_null(rows.column(Column.REJECT_REASON)))
     told = (rows.column(name) for name in (Column.CAPTIONS, Column.CAPTION_WEIGHTS, Column.CAPTION_REASONS))
     captions, chances = left(*told)

@@ -20,6 +20,7 @@ from pipelines.config import (
     WeightsConfig,
 )
 
+PINNED = "pinned.json"  # below an evaluation's output: the version that it measures on, by the index's place
 OVERLAPS_PER_TILE = 4  # neighbouring tiles of a decoded picture share this part of their side
 
 
@@ -154,6 +155,8 @@ class EvaluateConfig:
     """Measure each checkpoint of the run as it appears, until the run is finished, instead of the newest one."""
     poll_seconds: Positive = 30.0
     """Time between two looks for a checkpoint."""
+    every_images: Amount = 0
+    """With watch, images between two checkpoints that are measured; 0 measures each. A run's end is measured always."""
     source: SourceConfig | None = None
     """The images that the index describes."""
     sources: tuple[SourceConfig, ...] = ()

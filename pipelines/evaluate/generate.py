@@ -47,14 +47,17 @@ class Made:
     """Files of the contact sheets."""
 
 
-def generate_pictures(config: GenerateConfig, output: Storage, begin: Callable[[], object] | None = None) -> Made:
+def generate_pictures(
+    config: GenerateConfig, output: Storage, begin: Callable[[], object] | None = None, pinned: str | None = None
+) -> Made:
     """Make every picture that is not there yet, then write the contact sheets and, last, the manifest.
 
-    `begin` is called before the first use of Ray, if there is work for it.
+    `begin` is called before the first use of Ray, if there is work for it. `pinned` is the version of the index whose
+    captions are the prompts; None is the current one.
     """
     output.remove_incomplete()
     config = with_diffusion(config, output.options)
-    prompts = checked_prompts(config, output.options)
+    prompts = checked_prompts(config, output.options, pinned)
     made_by = _fingerprint(config, output.options)
     names = [prompt.picture_name(made_by) for prompt in prompts]
     there = {file.name for file in output.list("pictures")}
@@ -75,9 +78,9 @@ def generate_pictures(config: GenerateConfig, output: Storage, begin: Callable[[
     return Made(pictures=listed, made=len(todo), sheets=sheets)
 
 
-def checked_prompts(config: GenerateConfig, options: StorageOptions) -> list[Prompt]:
+def checked_prompts(config: GenerateConfig, options: StorageOptions, pinned: str | None = None) -> list[Prompt]:
     """The prompts; ValueError where the networks cannot make a picture of a prompt's size."""
-    prompts = read_prompts(config.prompts, options)
+    prompts = read_prompts(config.prompts, options, pinned)
     side = VAE_PRESETS[config.vae.preset].downsample * max(
         UNET_PRESETS[weights.preset].downsample for weights in (config.base, config.refiner) if weights is not None
     )

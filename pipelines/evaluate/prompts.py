@@ -8,15 +8,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.captions import likeliest
 from pipelines.config import Size
 from pipelines.evaluate.config import PromptsConfig
 from pipelines.heldout import is_held_out
-from pipelines.schema import Column, digest, kept_rows, require_manifest
+from pipelines.schema import INDEX_ONLY, INDEX_SCHEMA, Column, data_files, digest, kept, require_manifest
 from pipelines.storage import Storage, StorageOptions
 
 SLUG_CHARACTERS = 40
+FILE_NUMBER, ROW_NUMBER = "file_number", "row_number"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +51,15 @@ class Prompt:
         return f"pictures/{slug}-{digest([asdict(replace(self, path=None)), made_by])[:16]}.png"
 
 
-def read_prompts(config: PromptsConfig, options: StorageOptions) -> list[Prompt]:
+def read_prompts(config: PromptsConfig, options: StorageOptions, pinned: str | None = None) -> list[Prompt]:
     """The prompts of a config, in order; each as often as config.per_prompt, with seeds that count up.
 
+    `pinned` is the digest of an index's version to read them from; None is the current one.
     Raises ValueError where there is none, and for a table without the columns that the config names.
     """
     found = [
         replace(prompt, seed=prompt.seed + offset)
-        for prompt in _prompts(config, options)
+        for prompt in _prompts(config, options, pinned)
         for offset in range(config.per_prompt)
     ]
     if not found:
@@ -64,7 +67,7 @@ def read_prompts(config: PromptsConfig, options: StorageOptions) -> list[Prompt]
     return found
 
 
-def _prompts(config: PromptsConfig, options: StorageOptions) -> Iterator[Prompt]:
+def _prompts(config: PromptsConfig, options: StorageOptions, pinned: str | None) -> Iterator[Prompt]:
     shared = Prompt(
         text="",
         negative=config.negative,
@@ -75,7 +78,7 @@ def _prompts(config: PromptsConfig, options: StorageOptions) -> Iterator[Prompt]
     )
     if config.index is not None:
         index = Storage(config.index, options)
-        for row in index_rows(index, config.count, config.validation_share):
+        for row in index_rows(index, config.count, config.validation_share, pinned):
             yield replace(
                 shared,
                 text=likeliest(row[Column.CAPTIONS], row[Column.CAPTION_WEIGHTS]),
@@ -90,14 +93,45 @@ def _prompts(config: PromptsConfig, options: StorageOptions) -> Iterator[Prompt]
         yield from (replace(shared, text=text) for text in texts[: config.count])
 
 
-def index_rows(index: Storage, count: int | None, validation_share: float) -> list[dict[str, Any]]:
-    """The first `count` kept rows of an index by source and path; with a share, of those that training holds out."""
-    rows = kept_rows(index, require_manifest(index, "index"))
-    rows = rows.sort_by([(Column.SOURCE, "ascending"), (Column.PATH, "ascending")])
+def index_rows(
+    index: Storage, count: int | None, validation_share: float, pinned: str | None = None
+) -> list[dict[str, Any]]:
+    """The first `count` kept rows of an index by source and path; with a share, of those that training holds out.
+
+    `pinned` is the digest of a version of the index, and None the current one. An index may be far larger than its
+    reader: it is gone through file by file for a few columns, and of the rows that are chosen alone comes the rest.
+    """
+    names = [file.name for file in data_files(index, require_manifest(index, "index", pinned))]
+    order = [(Column.SOURCE, "ascending"), (Column.PATH, "ascending")]
+    told = [Column.SOURCE, Column.PATH, Column.ID, Column.REJECT_REASON]
+    chosen: pa.Table | None = None
+    for number, rows in enumerate(index.read_tables(names, told)):
+        found = _candidates(rows, number, validation_share)
+        chosen = found if chosen is None else pa.concat_tables([chosen, found])
+        if count is not None and chosen.num_rows > count:
+            chosen = chosen.sort_by(order).slice(0, count).combine_chunks()
+    if chosen is None:
+        return []
+    files = sorted(set(chosen.column(FILE_NUMBER).to_pylist()))
+    columns = [name for name in INDEX_SCHEMA.names if name not in INDEX_ONLY]
+    tables = index.read_tables([names[number] for number in files], columns)
+    parts = [
+        table.take(chosen.filter(pc.equal(chosen.column(FILE_NUMBER), number)).column(ROW_NUMBER))
+        for number, table in zip(files, tables, strict=True)
+    ]
+    return kept(pa.concat_tables(parts)).sort_by(order).to_pylist() if parts else []
+
+
+def _candidates(rows: pa.Table, number: int, validation_share: float) -> pa.Table:
+    """Source, path and place of a file's rows that may be chosen; the file is the one of that number."""
+    wanted = pc.is_null(rows.column(Column.REJECT_REASON))
     if validation_share:
         ids = rows.column(Column.ID).to_pylist()
-        rows = rows.filter(pa.array([is_held_out(image_id, validation_share) for image_id in ids], pa.bool_()))
-    return rows.slice(0, count).to_pylist()
+        held_out = [image_id is not None and is_held_out(image_id, validation_share) for image_id in ids]
+        wanted = pc.and_(wanted, pa.array(held_out, pa.bool_()))
+    rows = rows.select([Column.SOURCE, Column.PATH])
+    rows = rows.append_column(FILE_NUMBER, pa.repeat(pa.scalar(number, pa.int64()), rows.num_rows))
+    return rows.append_column(ROW_NUMBER, pa.array(range(rows.num_rows), pa.int64())).filter(wanted)
 
 
 def _table_prompts(config: PromptsConfig, shared: Prompt, options: StorageOptions) -> Iterator[Prompt]:

@@ -129,7 +129,7 @@ class WorkersConfig:
     """What one GPU could do in dtype, dense, TFLOP/s, which the curve "mfu" is a share of; None takes the data sheet's
     value of a GPU that is known in bfloat16, and leaves the curve out for others."""
     max_failures: Amount = 3
-    """How often a run whose worker dies is resumed from its last checkpoint before it fails."""
+    """How often in a row, with no new checkpoint between, a run whose worker dies is resumed from its last one."""
 
     @property
     def fewest(self) -> int:

@@ -10,13 +10,14 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from model.config import Conditioning
 from pipelines import networks
 from pipelines.checkpoints import RUN, newest_checkpoint, read_progress
 from pipelines.config import TrackingConfig, flat, without_secrets
+from pipelines.estimate import trained_parameters
 from pipelines.lease import Lease
 from pipelines.progress import progress
 from pipelines.schema import Manifest, require_manifest
@@ -32,8 +33,9 @@ from pipelines.train.config import (
     VAETaskConfig,
     WorkersConfig,
 )
+from pipelines.train.failures import Trainer
 from pipelines.train.loop import Training, train_on_worker
-from pipelines.train.optimizers import check_installed
+from pipelines.train.optimizers import check_installed, check_sizes
 from pipelines.train.validation import hold_out
 
 FREE_SETTINGS = (
@@ -88,6 +90,7 @@ def train(
     folder, or where the dataset was not made by the networks that it names.
     """
     check_installed(optimizer)
+    check_sizes(optimizer, workers, trained_parameters(task))
     output = held.dataset
     before = output.read_json(RUN) if output.exists(RUN) else None
     if before is not None:
@@ -189,12 +192,13 @@ def check_latents(task: DenoiserTaskConfig, manifest: Manifest, options: Storage
         )
 
 
-def _trainer(training: Training) -> TorchTrainer:
+def _trainer(training: Training) -> Trainer:
     workers, output = training.workers, training.output
     count: Any = workers.count if workers.min_count is None else (workers.min_count, workers.count)
     gpu = {"GPU": 1} if workers.gpu else {}
-    return TorchTrainer(
-        train_on_worker,
+    return Trainer(
+        run=output,
+        train_loop_per_worker=train_on_worker,
         train_loop_config={"training": training},
         torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
         scaling_config=ScalingConfig(

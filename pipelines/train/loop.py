@@ -31,7 +31,7 @@ from pipelines.train.config import (
 )
 from pipelines.train.engine import Engine
 from pipelines.train.guard import record
-from pipelines.train.machine import system_metrics
+from pipelines.train.machine import Machine
 from pipelines.train.meter import Meter
 from pipelines.train.operations import peak_tflops
 from pipelines.train.outputs import export, sample_pictures
@@ -83,7 +83,7 @@ def train_on_worker(settings: dict[str, Training]) -> None:
     slices = Slices(task.reader, plan, rank, world, step)
     peak = peak_tflops(training.workers.peak_tflops, device, training.workers.dtype) if rank == 0 else None
     meter = Meter(task.operations() if peak else None, peak)
-    tracker = Tracker(training.ticket) if rank == 0 else None
+    tracker, machine = (Tracker(training.ticket), Machine(device)) if rank == 0 else (None, None)
     averaged = engines[next(iter(engines))]  # the network that is sampled from and exported
 
     for micro_batches in itertools.islice(slices, max(0, steps - step)):  # none if only the export was missed
@@ -104,8 +104,9 @@ def train_on_worker(settings: dict[str, Training]) -> None:
             numbers = meter.read(engines, batch, images_seen, slices.waited_seconds)
             numbers |= {f"refused_steps_{name}": float(engine.guard.refused) for name, engine in engines.items()}
             numbers["checkpoint_wait_seconds"] = checkpointer.waited()
-            numbers |= _measured(validation if validated else None, task, averaged) | system_metrics(device)
-            if tracker:
+            numbers |= _measured(validation if validated else None, task, averaged)
+            if tracker and machine:
+                numbers |= machine.metrics()
                 tracker.log(images_seen, numbers)
                 training.board.show.remote(images_seen, numbers)
         if schedule.sample_images and (last or _due(schedule.sample_images, images_seen, batch)):

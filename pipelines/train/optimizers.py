@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from pipelines.checkpoints import MOMENTS
-from pipelines.train.config import OptimizerConfig
+from pipelines.train.config import OptimizerConfig, WorkersConfig
 
 EIGHT_BIT = "bitsandbytes"
 BLOCK = 256  # values with a scale of their own
+MOST_VALUES = 2**31 - 1  # of a tensor: bitsandbytes counts them in a C int of 32 bits
+VALUES_AT_A_TIME = 2**24  # that are taken between codes and values, a multiple of BLOCK
 
 
 def adamw(
@@ -54,6 +56,19 @@ def check_installed(config: OptimizerConfig) -> None:
             f'optimizer.implementation: "8bit" needs {EIGHT_BIT}, which is not installed; install the extra "8bit" on '
             'every node, or take "auto"'
         )
+
+
+def check_sizes(config: OptimizerConfig, workers: WorkersConfig, networks: Mapping[str, int]) -> None:
+    """Raise ValueError where a worker's flat part of a network, whose parameters are given, is too long for 8 bits."""
+    if config.implementation != "8bit" or workers.zero_stage == 0:  # which has a tensor for each parameter
+        return
+    for name, count in networks.items():
+        if count / workers.fewest >= MOST_VALUES:
+            raise ValueError(
+                f'optimizer.implementation: "8bit" takes at most {MOST_VALUES:,} values per worker, and {name} has '
+                f"{count:,} on {workers.fewest}; take {count // MOST_VALUES + 1} workers (workers.min_count, where it "
+                'is set), "fused", or workers.offload_optimizer'
+            )
 
 
 def moments(optimizer: Any, weights: Tensor) -> dict[str, Tensor]:
@@ -109,9 +124,13 @@ def _decoded(state: Mapping[str, Any], number: int) -> Tensor:
     kept = state[f"state{number}"]
     if f"absmax{number}" not in state:
         return kept
-    kept, scale, code = (state[f"{name}{number}"].cpu() for name in ("state", "absmax", "qmap"))
-    values = code[kept.flatten().int()]  # [N] in [-1, 1]
-    return (values * scale.repeat_interleave(BLOCK)[: len(values)]).view(kept.shape)
+    kept, scale, code = (state[f"{name}{number}"] for name in ("state", "absmax", "qmap"))
+    found = torch.empty(kept.shape, dtype=torch.float32)
+    for start in range(0, kept.numel(), VALUES_AT_A_TIME):  # where the codes lie, and little beside them
+        values = code[kept.view(-1)[start : start + VALUES_AT_A_TIME].int()]  # [n] in [-1, 1]
+        scales = scale[start // BLOCK : (start + VALUES_AT_A_TIME) // BLOCK].repeat_interleave(BLOCK)
+        found.view(-1)[start : start + len(values)].copy_(values * scales[: len(values)])
+    return found
 
 
 def _encode(values: Tensor, state: dict[str, Any], number: int) -> None:
@@ -119,13 +138,20 @@ def _encode(values: Tensor, state: dict[str, Any], number: int) -> None:
 
     A block's largest value may be negative, and the code ends before -1: the scale is such that it is met again.
     """
-    code = state[f"qmap{number}"].cpu()  # [256], ascending
-    flat = values.detach().cpu().flatten()
+    code, flat = state[f"qmap{number}"], values.detach().view(-1)  # [256], ascending; [N]
+    codes, scales = state[f"state{number}"].view(-1), state[f"absmax{number}"]
+    for start in range(0, len(flat), VALUES_AT_A_TIME):
+        part = flat[start : start + VALUES_AT_A_TIME].to(code.device)
+        nearest, scale = _nearest(part, code)
+        codes[start : start + len(part)].copy_(nearest)
+        scales[start // BLOCK : start // BLOCK + len(scale)].copy_(scale)
+
+
+def _nearest(flat: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [N] and scales [M] of values [N]."""
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)  # [M,256]
     low, high = blocks.amin(1), blocks.amax(1)  # [M]
     scale = torch.maximum(high / code[-1], low / code[0] if code[0] < 0 else torch.zeros_like(low))
     shares = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     nearest = torch.bucketize(shares, (code[1:] + code[:-1]) / 2)  # [M,256]
-    kept = state[f"state{number}"]
-    kept.copy_(nearest.flatten()[: len(flat)].view(kept.shape))
-    state[f"absmax{number}"].copy_(scale)
+    return nearest.flatten()[: len(flat)], scale

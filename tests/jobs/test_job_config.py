@@ -631,6 +631,11 @@ def test_stages_are_refused_where_they_cannot_work(make):
     assert "workers.zero_stage: stage 0 adds up 2 passes in bfloat16" in message
     make(TrainBaseJob, "workers.zero_stage=0", "workers.dtype=bfloat16", "batch.micro_size=8")
     make(TrainVAEJob, "workers.zero_stage=3")
+    make(TrainBaseJob, "workers.zero_stage=2", "workers.compile=true", "optimizer.implementation=8bit")
+    message = wrong(make, TrainBaseJob, "workers.zero_stage=3", "optimizer.implementation=8bit")
+    assert 'optimizer.implementation: "8bit" works under stages 0 to 2' in message
+    message = wrong(make, TrainBaseJob, "workers.zero_stage=3", "workers.compile=true")
+    assert "workers.compile: blocks are compiled whole, and stage 3 gathers weights within them" in message
 
 
 OFFLOADED = "workers.offload_optimizer=true"

@@ -19,6 +19,7 @@ from model.metrics import psnr, ssim
 from model.vae import VAE
 from model.weights import Kind, save_weights
 from pipelines import networks
+from pipelines.clean import pinned_by_evaluation
 from pipelines.config import SourceConfig, WeightsConfig
 from pipelines.evaluate import evaluate as module
 from pipelines.evaluate import subjects as subjects_module
@@ -28,6 +29,7 @@ from pipelines.evaluate.measure import SCHEMA, MeasurePictures, MeasureReconstru
 from pipelines.evaluate.subjects import subjects
 from pipelines.images import content_id
 from pipelines.originals import Originals
+from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, DataFile, write_manifest
 from pipelines.storage import Storage, StorageOptions
 
 SIZE = (32, 48)
@@ -163,7 +165,7 @@ def run(tmp_path, monkeypatch, vae) -> Run:
         assert (name, next(network.parameters()).device.type) == ("vae", "meta")
         return {key: value + images_seen for key, value in vae.state_dict().items()}
 
-    def measure(config, subject, folder, output):
+    def measure(config, subject, folder, output, index):
         folder.write("picture.png", b"made for it")
         return {
             "shift": float(
@@ -178,8 +180,106 @@ def run(tmp_path, monkeypatch, vae) -> Run:
 
     monkeypatch.setattr(subjects_module, "averaged_weights", weights)
     monkeypatch.setattr(module, "_reconstructions", measure)
-    monkeypatch.setattr(module, "_settings", lambda *_: "settings")
+    index(tmp_path, "a.png")
     return Run(tmp_path / "run")
+
+
+def index(tmp_path: Path, *paths: str) -> str:
+    """Commit an index of images with these paths; gives the version's digest."""
+    dataset = Storage(f"{tmp_path}/index")
+    name = f"data/{len(paths)}.parquet"
+    told = {"key": "k", "source": "source", "id": "0", "captions": ["c"], "caption_weights": [1.0], "file_size": 1}
+    told |= {"caption_reasons": [None], "bucket": [32, 32], "original_size": [32, 32]}
+    rows = [dict.fromkeys(INDEX_SCHEMA.names) | told | {"path": path} for path in paths]
+    dataset.write_table(name, pa.Table.from_pylist(rows, INDEX_SCHEMA))
+    fingerprint = {"schema": SCHEMA_VERSION, "max_pixels": 10**6}
+    content = {"counts": {"kept": len(rows)}, "fingerprint": fingerprint, "parents": {}}
+    return write_manifest(dataset, [DataFile(name=name, rows=len(rows))], kind="index", **content).digest
+
+
+def test_an_index_that_grows_beside_an_evaluation_changes_none_of_its_figures(run, tmp_path, monkeypatch):
+    first, measured = index(tmp_path, "b.png", "c.png"), []
+
+    def measure(config, subject, folder, output, pinned):
+        rows = module.evaluated_rows(config, output.options, pinned)
+        measured.append((subject.images_seen, [row["path"] for row in rows]))
+        index(tmp_path, "a.png", "b.png", "c.png")  # a nightly commit
+        return {}, b"png"
+
+    monkeypatch.setattr(module, "_reconstructions", measure)
+    output = Storage(f"{tmp_path}/evaluation")
+    run.start(64)
+    run.checkpoint(16)
+    run.checkpoint(32)
+    watching = evaluate(config(tmp_path, watch=True), output)
+    assert [next(watching).images_seen for _ in range(2)] == [16, 32]
+    watching.close()
+    run.checkpoint(48)
+    again = evaluate(config(tmp_path, watch=True), output)  # started anew
+    assert [(r.images_seen, r.measured) for r in (next(again) for _ in range(3))] == [
+        (16, False),
+        (32, False),
+        (48, True),
+    ]
+    assert measured == [(images, ["b.png", "c.png"]) for images in (16, 32, 48)]
+    assert pinned_by_evaluation(output) == {first}
+    other = Storage(f"{tmp_path}/other")
+    next(evaluate(config(tmp_path), other))
+    assert measured[-1] == (48, ["a.png", "b.png", "c.png"])
+    Storage(f"{tmp_path}/index").delete(f"manifests/{first}.json")
+    with pytest.raises(FileNotFoundError, match=f"version {first} of .*, which is gone; choose another output"):
+        next(evaluate(config(tmp_path), output))
+
+
+def test_a_checkpoint_that_could_not_be_read_once_is_read_again_though_the_run_has_ended(run, tmp_path, monkeypatch):
+    run.start(64)
+    run.checkpoint(16)
+    save_weights(run.root / "weights.safetensors", VAE(VAE_PRESETS["tiny"]).state_dict(), Kind.VAE, VAE_PRESETS["tiny"])
+    run.finish(64, 64)
+    reads, slept, read = [], [], subjects_module.averaged_weights
+
+    def once_broken(*told):
+        reads.append(1)
+        if len(reads) == 1:
+            raise OSError("try again")
+        return read(*told)
+
+    monkeypatch.setattr(subjects_module, "averaged_weights", once_broken)
+    monkeypatch.setattr(module.time, "sleep", lambda _: slept.append(1))
+    output = Storage(f"{tmp_path}/evaluation")
+    results = list(evaluate(config(tmp_path, watch=True), output))
+    assert {result.images_seen for result in results} == {16, 64}
+    assert output.read_json("metrics.json")["missed"] == []
+
+
+def test_a_checkpoint_that_is_gone_before_it_could_be_read_is_told_as_missed(run, tmp_path, monkeypatch):
+    run.start(64)
+    run.checkpoint(16)
+
+    def broken(*_):
+        raise OSError("try again")
+
+    def end(_):
+        run.delete(16)
+        run.finish(64, 64)
+        run.checkpoint(64)
+
+    monkeypatch.setattr(subjects_module, "averaged_weights", broken)
+    monkeypatch.setattr(module.time, "sleep", end)
+    output = Storage(f"{tmp_path}/evaluation")
+    save_weights(run.root / "weights.safetensors", VAE(VAE_PRESETS["tiny"]).state_dict(), Kind.VAE, VAE_PRESETS["tiny"])
+    assert [result.images_seen for result in evaluate(config(tmp_path, watch=True), output)] == [64]
+    assert output.read_json("metrics.json")["missed"] == ["000000000016"]
+
+
+def test_of_many_checkpoints_some_are_measured_and_the_end_always(run, tmp_path, monkeypatch):
+    run.start(64)
+    for images_seen in (8, 16, 24, 32, 40, 48):
+        run.checkpoint(images_seen)
+    save_weights(run.root / "weights.safetensors", VAE(VAE_PRESETS["tiny"]).state_dict(), Kind.VAE, VAE_PRESETS["tiny"])
+    run.finish(52, 52)
+    results = evaluate(config(tmp_path, watch=True, every_images=20), Storage(f"{tmp_path}/evaluation"))
+    assert [result.images_seen for result in results] == [8, 24, 40, 52]
 
 
 def test_watching_follows_a_run_from_before_its_start_to_its_end(run, tmp_path, monkeypatch, vae):

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pipelines.train import optimizers
-from pipelines.train.config import OptimizerConfig
-from pipelines.train.optimizers import adamw, check_installed, moments, set_updates, take_up, updates
+from pipelines.train.config import OptimizerConfig, WorkersConfig
+from pipelines.train.optimizers import adamw, check_installed, check_sizes, moments, set_updates, take_up, updates
 
 SIZE = 5_000  # of which the last block is not full; fewer than 4,096 stay in fp32
 
@@ -76,6 +76,27 @@ def test_moments_of_8_bits_are_the_librarys_and_a_checkpoint_takes_nothing_from_
     for name, value in moments(optimizer, weights).items():
         torch.testing.assert_close(value, before[name], rtol=1e-5, atol=0.0)
     assert float(before["exp_avg"].abs().max()) == -float(before["exp_avg"].min())
+
+
+def test_moments_are_the_same_whatever_is_taken_at_a_time(monkeypatch):
+    optimizer, weights = after_steps("8bit", 3)
+    state, whole = optimizer.state[weights], moments(optimizer, weights)
+    codes = [state[f"state{number}"].clone() for number in (1, 2)]
+    monkeypatch.setattr(optimizers, "VALUES_AT_A_TIME", 1024)
+    parts = moments(optimizer, weights)
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    take_up(optimizer, weights, parts)
+    assert all(torch.equal(state[f"state{number}"], code) for number, code in enumerate(codes, 1))
+
+
+def test_a_part_of_a_network_that_8_bits_cannot_count_is_refused_with_the_remedy():
+    eight, base = OptimizerConfig(implementation="8bit"), {"unet": 2_567_463_684}
+    check_sizes(eight, WorkersConfig(count=2), base)
+    check_sizes(eight, WorkersConfig(count=1, zero_stage=0), base)
+    check_sizes(OptimizerConfig(implementation="fused"), WorkersConfig(count=1), base)
+    for workers in (WorkersConfig(count=1), WorkersConfig(count=8, min_count=1)):
+        with pytest.raises(ValueError, match=r'"8bit" takes at most 2,147,483,647 values per worker.*take 2 workers'):
+            check_sizes(eight, workers, base)
 
 
 def test_a_form_whose_package_is_missing_is_refused_before_anything_starts(monkeypatch):

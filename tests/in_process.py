@@ -37,3 +37,18 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(pipeline, "dataset_of", InProcess)
     monkeypatch.setattr(pipeline, "attempt", None)
+
+
+def forget_workers() -> None:
+    """Make DeepSpeed forget the groups of workers that it has seen, and the numbers that it has given to modules."""
+    import deepspeed.comm.comm
+    import deepspeed.utils.groups
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    Init.param_id = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+
+    deepspeed.comm.comm.cdb = None
+    for name, value in vars(deepspeed.utils.groups).items():
+        if name.startswith("_") and name.endswith("_GROUP") and value is not None:
+            setattr(deepspeed.utils.groups, name, None)

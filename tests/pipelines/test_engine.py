@@ -31,6 +31,7 @@ from pipelines.train.config import (
     WorkersConfig,
 )
 from pipelines.train.plan import cut_step
+from tests.in_process import forget_workers
 
 STEPS, GLOBAL, WORKERS = 4, 8, 4
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, warmup_images=16, decay_images=16, clip_norm=0.5)
@@ -124,7 +125,7 @@ def worker(rank: int, ports: tuple[int, ...], folder: str) -> None:
     }
     torch.save(others, Path(folder, f"others{pair}.{place}.pt"))
     torch.distributed.destroy_process_group()
-    leave()
+    forget_workers()
     join(rank, WORKERS, ports[2])
     moved = {f"{name} to {stage}": moved_to_four(name, stage, Path(folder)) for name, stage in MOVES}
     torch.save(moved, Path(folder, f"moved.{rank}.pt"))
@@ -136,21 +137,6 @@ def join(rank: int, world: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
     os.environ["WORLD_SIZE"] = str(world)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-
-
-def leave() -> None:
-    """Make DeepSpeed forget the groups of workers that it has seen, and the numbers that it has given to modules."""
-    import deepspeed.comm.comm
-    import deepspeed.utils.groups
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.partition_parameters import Init
-
-    Init.param_id = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
-
-    deepspeed.comm.comm.cdb = None
-    for name, value in vars(deepspeed.utils.groups).items():
-        if name.startswith("_") and name.endswith("_GROUP") and value is not None:
-            setattr(deepspeed.utils.groups, name, None)
 
 
 def mine() -> None:

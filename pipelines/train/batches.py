@@ -8,9 +8,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +22,14 @@ from torch import Tensor
 from model.config import Conditioning
 from model.diffusion import generator
 from pipelines.config import CropConfig, Size
+from pipelines.heldout import is_held_out
 from pipelines.images import content_id, read_crop
 from pipelines.latents import LatentFile
 from pipelines.originals import Originals
 from pipelines.ranges import RangeReader
 from pipelines.schema import Column, DataFile, Manifest, data_files, kept_rows, masks_of_pairs
 from pipelines.storage import Storage
+from pipelines.train.lost import NEIGHBOURS, LostImage, LostImages
 from pipelines.train.plan import Plan, cut_step
 
 PREFETCHED_STEPS = 2
@@ -255,9 +258,19 @@ class ImageReader:
     """Reads the images that an index keeps, each cropped anew every time it is seen."""
 
     def __init__(
-        self, index: Storage, manifest: Manifest, originals: Originals, crop: CropConfig, max_pixels: int
+        self,
+        index: Storage,
+        manifest: Manifest,
+        originals: Originals,
+        crop: CropConfig,
+        max_pixels: int,
+        *,
+        lost: LostImages | None = None,
     ) -> None:
-        """Raises ValueError where `originals` lacks a source of the index."""
+        """`lost` says how many images may be lost, and keeps which; None is none.
+
+        Raises ValueError where `originals` lacks a source of the index.
+        """
         groups = images_by_bucket(index, manifest)
         self._images = [images for _, images in groups]
         for images in self._images:
@@ -266,33 +279,75 @@ class ImageReader:
             replace(file, weight=originals.weight(images.column(Column.SOURCE)[0].as_py())) for file, images in groups
         ]
         self._originals, self._crop, self._max_pixels = originals, crop, max_pixels
+        self._lost = lost or LostImages()
         self._pool = ThreadPoolExecutor(DECODE_THREADS)
 
     def read(self, rows: np.ndarray, bucket: Size, first: int) -> ImageBatch:
         """Rows [B, 2] as images; the crop is drawn from the image's number in the run."""
         numbers = range(first, first + len(rows))
+        self._lost.saw(len(rows))
         crops = list(self._pool.map(self._read_crop, rows.tolist(), [bucket] * len(rows), numbers))
         image = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
         return ImageBatch(first=first, bucket=bucket, image=image.contiguous())
 
     def names(self, rows: np.ndarray) -> list[str]:
         """The names of rows [B, 2]: source:path."""
-        found = [self._images[file].slice(row, 1).to_pylist()[0] for file, row in rows.tolist()]
-        return [f"{row[Column.SOURCE]}:{row[Column.PATH]}" for row in found]
+        return [_name(self._known(file, row)) for file, row in rows.tolist()]
 
     def _read_crop(self, row: Sequence[int], bucket: Size, number: int) -> np.ndarray:
-        (known,) = self._images[row[0]].slice(row[1], 1).to_pylist()
+        known = self._known(row[0], row[1])
+        try:
+            return self._crop_of(known, bucket, number)
+        except LostError as error:
+            crop, instead = self._neighbour(row, known, bucket, number, error)
+            self._lost.add(LostImage(known[Column.ID], _name(known), str(error), _name(instead)))
+            return crop
+
+    def _neighbour(
+        self, row: Sequence[int], lost: dict[str, Any], bucket: Size, number: int, why: LostError
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """The crop of the image that stands for a lost one, and its row."""
+        share, count = self._lost.held_out_share, self._images[row[0]].num_rows
+        held_out = is_held_out(lost[Column.ID], share)
+        for step in range(1, min(NEIGHBOURS, count - 1) + 1):
+            known = self._known(row[0], (row[1] + step) % count)
+            if is_held_out(known[Column.ID], share) != held_out:
+                continue
+            with suppress(LostError):  # it is told of when it is its own turn
+                return self._crop_of(known, bucket, number), known
+        raise RuntimeError(
+            f"{_name(lost)}: the index keeps it, and it cannot be used now, nor can one of the images beside it: {why}"
+        ) from why
+
+    def _crop_of(self, known: dict[str, Any], bucket: Size, number: int) -> np.ndarray:
+        """The image's crop [H, W, 3]. LostError where what is there is not the image; OSError where storage fails."""
         image_id = known[Column.ID]
         try:
             data = self._originals.read(known)
-            if content_id(data) != image_id:
-                raise ValueError("its bytes have changed")
+        except FileNotFoundError as error:
+            raise LostError("its file is gone") from error
+        except OSError as error:
+            raise RuntimeError(f"{_name(known)}: the index keeps it, and it cannot be read: {error}") from error
+        except Exception as error:  # what was packed is no more what the index says
+            raise LostError(f"its bytes have changed: {error}") from error
+        if content_id(data) != image_id:
+            raise LostError("its bytes have changed")
+        try:
             draw_id = f"{image_id}:{number}"
             return np.ascontiguousarray(read_crop(data, bucket, self._crop, draw_id, self._max_pixels)[0])
         except Exception as error:
-            raise RuntimeError(
-                f"{known[Column.SOURCE]}:{known[Column.PATH]}: the index keeps it, and it cannot be used now: {error}"
-            ) from error
+            raise LostError(f"it cannot be decoded here: {error}") from error
+
+    def _known(self, file: int, row: int) -> dict[str, Any]:
+        return self._images[file].slice(row, 1).to_pylist()[0]
+
+
+class LostError(Exception):
+    """An image that the index keeps is not there any more."""
+
+
+def _name(known: dict[str, Any]) -> str:
+    return f"{known[Column.SOURCE]}:{known[Column.PATH]}"
 
 
 def images_by_bucket(index: Storage, manifest: Manifest) -> list[tuple[DataFile, pa.Table]]:

@@ -196,6 +196,9 @@ class VAETaskConfig:
     """In place of `source`, several."""
     crop: CropConfig = field(default_factory=CropConfig)
     """Where the training crop lies."""
+    lost_share: Share = 0.01
+    """Share of the images that may be gone or changed since the index was made: another image of the bucket stands for
+    each, and it is recorded. Above it the run ends; 0 ends it at the first."""
     loss: VAELossConfig = field(default_factory=VAELossConfig)
     """Weights of the loss terms."""
     lpips: LPIPSWeightsConfig | None = None

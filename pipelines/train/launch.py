@@ -44,6 +44,7 @@ FREE_SETTINGS = (
     "storage.",
     "ray.",
     "task.samples.",
+    "task.lost_share",
     "batch.micro_size",
     "optimizer.guard.",
     "optimizer.implementation",

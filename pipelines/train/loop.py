@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
@@ -31,6 +31,7 @@ from pipelines.train.config import (
 )
 from pipelines.train.engine import Engine
 from pipelines.train.guard import record
+from pipelines.train.lost import LOST
 from pipelines.train.machine import Machine
 from pipelines.train.meter import Meter
 from pipelines.train.operations import peak_tflops
@@ -104,6 +105,7 @@ def train_on_worker(settings: dict[str, Training]) -> None:
             numbers = meter.read(engines, batch, images_seen, slices.waited_seconds)
             numbers |= {f"refused_steps_{name}": float(engine.guard.refused) for name, engine in engines.items()}
             numbers["checkpoint_wait_seconds"] = checkpointer.waited()
+            numbers |= _lost(task, images_seen, training.output, device)
             numbers |= _measured(validation if validated else None, task, averaged)
             if tracker and machine:
                 numbers |= machine.metrics()
@@ -158,6 +160,17 @@ def _engines(task: Task, training: Training, device: torch.device) -> dict[str, 
             lr_scale=1.0 if place == 0 else getattr(training.task, "adversarial_lr_scale", 1.0),
         )
     return engines
+
+
+def _lost(task: Task, images_seen: int, output: Storage, device: torch.device) -> dict[str, float]:
+    """The curve of the images that were lost since the attempt began, over all workers, and a file for each new one."""
+    if task.lost is None:
+        return {}
+    for image in task.lost.take():
+        output.write_json(f"{LOST}/{image.image_id}.json", {"images_seen": images_seen, **asdict(image)})
+    count = torch.tensor(float(task.lost.count), device=device)
+    torch.distributed.all_reduce(count)
+    return {"lost_images": float(count)}
 
 
 def _measured(validation: Validation | None, task: Task, averaged: Engine) -> dict[str, float]:

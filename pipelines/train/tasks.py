@@ -41,6 +41,7 @@ from pipelines.storage import Storage, StorageOptions
 from pipelines.train.batches import Batch, ImageBatch, ImageReader, LatentBatch, LatentReader, Reader
 from pipelines.train.config import BatchConfig, DenoiserTaskConfig, VAETaskConfig
 from pipelines.train.engine import Engine
+from pipelines.train.lost import LostImages
 from pipelines.train.operations import Operations
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -64,6 +65,8 @@ class Task(Protocol):
 
     reader: Reader
     """What reads the task's dataset."""
+    lost: LostImages | None
+    """What it could not read; None where nothing can be lost."""
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks that learn, by name."""
@@ -93,6 +96,8 @@ class Task(Protocol):
 
 class DenoiserTask:
     """Base and refiner: predict the noise in latents, given text and sizes (SDXL 2.2, 2.5)."""
+
+    lost: LostImages | None = None
 
     def __init__(
         self,
@@ -250,7 +255,8 @@ class VAETask:
         manifest = require_manifest(index, "index", pinned)
         originals = Originals(all_sources(config.source, config.sources), options)
         max_pixels = int(manifest.fingerprint["max_pixels"])
-        self.reader: Reader = ImageReader(index, manifest, originals, config.crop, max_pixels)
+        self.lost: LostImages | None = LostImages(config.lost_share, batch.validation_share)
+        self.reader: Reader = ImageReader(index, manifest, originals, config.crop, max_pixels, lost=self.lost)
         self._config, self._batch, self._device = config, batch, device
         self._vae = networks.vae(config.vae, options)
         self._discriminator = networks.discriminator(config.discriminator, batch.seed)

@@ -31,6 +31,7 @@ from pipelines.storage import Storage, StorageOptions
 from pipelines.train import batches
 from pipelines.train.batches import ImageReader, LatentReader, Slices, draw_caption
 from pipelines.train.config import BatchConfig
+from pipelines.train.lost import LostImages
 from pipelines.train.plan import Plan
 
 CONTEXT, POOLED, SEED = (3, 5), (6,), 5
@@ -340,6 +341,50 @@ def test_pixels_span_minus_one_to_one(images):
     assert image.dtype == torch.float32
     assert -1 <= image.min() < -0.9
     assert 0.9 < image.max() <= 1
+
+
+@pytest.mark.parametrize("change", ["gone", "other bytes"])
+def test_for_an_image_that_is_lost_another_stands_the_same_in_every_cut_of_the_step(images, change):
+    reader, _, _, source = images
+    lost_name, other = reader.names(np.array([[0, 0], [0, 1]]))
+    path = lost_name.partition(":")[2]
+    expected = reader.read(np.array([[0, 1]]), (16, 32), first=7).image
+    source.delete(path) if change == "gone" else source.write(path, b"other bytes")
+    with pytest.raises(RuntimeError, match=rf"{path}: the index keeps it.*above task.lost_share, 0\."):
+        reader.read(np.array([[0, 0]]), (16, 32), first=7)
+    reader._lost = lost = LostImages(most_share=0.002)  # two of the first thousand
+    assert torch.equal(reader.read(np.array([[0, 0]]), (16, 32), first=7).image, expected)
+    assert torch.equal(reader.read(np.array([[0, 1], [0, 0]]), (16, 32), first=6).image[1:], expected)
+    (found,) = lost.take()
+    assert (found.name, found.instead, lost.count) == (lost_name, other, 2)
+    assert found.reason == ("its file is gone" if change == "gone" else "its bytes have changed")
+    assert lost.take() == []
+    with pytest.raises(RuntimeError, match="It is lost image 3 of 4"):
+        reader.read(np.array([[0, 0]]), (16, 32), first=7)
+
+
+def test_no_held_out_image_stands_for_one_that_is_trained_on(images, monkeypatch):
+    reader, _, _, source = images
+    (first,) = reader.names(np.array([[0, 0]]))
+    held_out = reader._known(0, 1)["id"]
+    monkeypatch.setattr(batches, "is_held_out", lambda image_id, share: share == 0.5 and image_id == held_out)
+    reader._lost = LostImages(most_share=1.0, held_out_share=0.5)
+    source.delete(first.partition(":")[2])
+    with pytest.raises(RuntimeError, match="cannot be used now, nor can one of the images beside it: its file is gone"):
+        reader.read(np.array([[0, 0]]), (16, 32), first=7)
+
+
+def test_storage_that_fails_loses_no_image(images, monkeypatch):
+    reader, *_ = images
+    reader._lost = lost = LostImages(most_share=1.0)
+
+    def broken(_):
+        raise OSError("out of reach")
+
+    monkeypatch.setattr(reader._originals, "read", broken)
+    with pytest.raises(RuntimeError, match=r"the index keeps it, and it cannot be read: out of reach"):
+        reader.read(np.array([[0, 0]]), (16, 32), first=7)
+    assert lost.count == 0
 
 
 @pytest.mark.parametrize("change", ["gone", "other bytes", "another image"])

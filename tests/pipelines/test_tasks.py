@@ -61,7 +61,7 @@ def no_data(monkeypatch):
     """Tasks without datasets: batches are handed to them."""
     monkeypatch.setattr(tasks, "require_manifest", lambda *_: Manifest)
     monkeypatch.setattr(tasks, "LatentReader", lambda *_: None)
-    monkeypatch.setattr(tasks, "ImageReader", lambda *_: None)
+    monkeypatch.setattr(tasks, "ImageReader", lambda *_, **__: None)
 
 
 def denoiser(preset: str = "tiny-base", **settings) -> tasks.DenoiserTask:

@@ -139,6 +139,10 @@ def start_ray(job: Job) -> None:
     """Join the configured or surrounding cluster, or start one on this machine."""
     import ray
 
+    if job.ray.label_selector:
+        from pipelines.stages import run_on
+
+        run_on(job.ray.label_selector)
     if ray.is_initialized():
         return
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # the plan of every dataset, in the middle of a bar

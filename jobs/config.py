@@ -67,6 +67,8 @@ class RayConfig(BaseModel):
     RAY_ADDRESS), and else starts one for the job."""
     cpus: Count | None = None
     """CPU cores of a cluster that is started here; None takes all."""
+    label_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes that the job's work runs on, and of those that it makes an autoscaler start; none: any."""
 
 
 class Job(BaseModel):

@@ -39,6 +39,7 @@ def train_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
                 held=held,
                 settings=settings(job),
                 begin=begin,
+                labels=job.ray.label_selector,
             )
     except InUseError as error:
         raise JobError(str(error), USAGE_ERROR) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +21,14 @@ def dataset_of(units: Sequence[pa.Table]) -> Dataset:
     context.target_max_block_size = None
     context.enable_progress_bars = False  # ours counts images
     return ray.data.from_arrow(list(units))
+
+
+def run_on(labels: Mapping[str, str]) -> None:
+    """All stages that this process starts from now on run on nodes with these labels, and ask an autoscaler for such.
+
+    Not an argument of each stage: what Ray Data 2.60 itself asks an autoscaler for has the labels of its context alone.
+    """
+    ray.data.DataContext.get_current().execution_options.label_selector = dict(labels)
 
 
 def tasks(resources: StageResources) -> dict[str, Any]:

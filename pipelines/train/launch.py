@@ -81,14 +81,15 @@ def train(
     held: Lease,
     settings: Mapping[str, Any],
     begin: Callable[[], None],
+    labels: Mapping[str, str],
 ) -> int:
     """Train to schedule.images; gives how many more that is than were finished before: 0 if there is nothing to do.
 
     The same call again resumes. `held` is the right to write the run's folder.
 
     `settings` is the job's resolved configuration; `begin` is called when all is checked and there is something to do,
-    before the first use of Ray. Raises ValueError where `settings` differ from those of the run in the
-    folder, or where the dataset was not made by the networks that it names.
+    before the first use of Ray. Workers run on nodes with these `labels`. Raises ValueError where `settings` differ
+    from those of the run in the folder, or where the dataset was not made by the networks that it names.
     """
     check_installed(optimizer)
     check_sizes(optimizer, workers, trained_parameters(task))
@@ -150,7 +151,7 @@ def train(
                 ticket=ticket,
                 board=board,
             )
-            _trainer(training).fit()
+            _trainer(training, labels).fit()
             ended = ray.get(board.ended.remote())
         if ended is not None:
             raise RuntimeError(
@@ -193,7 +194,7 @@ def check_latents(task: DenoiserTaskConfig, manifest: Manifest, options: Storage
         )
 
 
-def _trainer(training: Training) -> Trainer:
+def _trainer(training: Training, labels: Mapping[str, str]) -> Trainer:
     workers, output = training.workers, training.output
     count: Any = workers.count if workers.min_count is None else (workers.min_count, workers.count)
     gpu = {"GPU": 1} if workers.gpu else {}
@@ -207,6 +208,7 @@ def _trainer(training: Training) -> Trainer:
             elastic_resize_monitor_interval_s=workers.grow_seconds,  # type: ignore[call-arg]  # the stubs are Train V1's
             use_gpu=workers.gpu,
             resources_per_worker={"CPU": workers.cpus, **gpu},
+            label_selector=dict(labels) or None,
         ),
         run_config=RunConfig(
             name=RAY_TRAIN,

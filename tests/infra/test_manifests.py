@@ -8,7 +8,9 @@ import re
 import shlex
 import subprocess
 import tomllib
+from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import jsonschema
 import kubernetes_validate
@@ -16,6 +18,13 @@ import pytest
 import yaml
 from mlflow import environment_variables
 from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION, REQUIRE_SHM_SIZE_THRESHOLD
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.scheduler import NodeTypeConfig, ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.autoscaler_pb2 import GangResourceRequest
+from ray.core.generated.common_pb2 import LabelSelectorOperator
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import SUBCLUSTER_LABEL_KEY
 
 from jobs.cli import SUBMITTED, load
 from tests.test_architecture import JOBS
@@ -312,6 +321,10 @@ def test_the_image_has_what_the_launcher_and_compilers_ask_of_it():
     assert {"libibverbs1", "ibverbs-providers"} <= set(" ".join(cuda).split())
 
 
+def test_the_launcher_file_is_what_ray_expects():
+    validate_config(prepare_config(copy.deepcopy(LAUNCHER)))
+
+
 def test_the_launcher_names_image_disk_and_role_of_every_node():
     kinds = LAUNCHER["available_node_types"]
     for kind in kinds.values():
@@ -341,6 +354,59 @@ def test_the_nodes_for_training_hold_the_workers_of_every_stage():
     assert max(settings["workers"]["count"] for settings in stages) <= min(there)
     for settings in stages:
         assert settings["workers"]["cpus"] * int(limits["nvidia.com/gpu"]) <= float(limits["cpu"])
+
+
+def started_by(bundle, count, labels, *, gang):
+    """How many nodes of each group Ray's own scheduler starts for `count` bundles on a cluster of cluster.yaml."""
+    kinds = _derive_autoscaling_config_from_ray_cr(cluster())["available_node_types"]
+    nodes_of = {
+        name: NodeTypeConfig(
+            name=name,
+            min_worker_nodes=0,
+            max_worker_nodes=kind["max_workers"],
+            resources=kind["resources"],
+            labels=kind["labels"],
+        )
+        for name, kind in kinds.items()
+        if kind["max_workers"]
+    }
+    selector = [(key, LabelSelectorOperator.LABEL_OPERATOR_IN, [value]) for key, value in labels.items()]
+    asked = [ResourceRequestUtil.make(bundle, label_selectors=[selector] if selector else None)] * count
+    request = SchedulingRequest(
+        node_type_configs=nodes_of,
+        max_num_nodes=sum(kind.max_worker_nodes for kind in nodes_of.values()),
+        resource_requests=[] if gang else ResourceRequestUtil.group_by_count(asked),
+        gang_resource_requests=[GangResourceRequest(requests=asked)] if gang else [],
+        disable_launch_config_check=True,
+    )
+    started = Counter()
+    for launched in ResourceDemandScheduler(Mock()).schedule(request).to_launch:
+        started[launched.instance_type] += launched.count
+    return dict(started)
+
+
+def test_work_starts_nodes_of_its_own_group():
+    """Without labels five encoders start a node of eight large GPUs, and one training worker a spot node."""
+    selectors = {}
+    for _, (_, _, module, _, *overrides) in commands():
+        keys = [
+            word.removeprefix("ray.label_selector.") for word in overrides if word.startswith("ray.label_selector.")
+        ]
+        selectors[module] = dict(key.split("=") for key in keys)
+    encoder, worker = {"CPU": 4, "GPU": 1}, {"CPU": 8, "GPU": 1}
+    for module, labels in selectors.items():
+        if "train" in module:
+            for count, pods in ((1, 1), (4, 1), (8, 1), (64, 8)):
+                assert started_by(worker, count, labels, gang=True) == {"train": pods}
+        else:
+            for count in (1, 5, 8, 32):
+                assert started_by(encoder, count, labels, gang=False) == {"encode": count}
+            assert started_by({"CPU": 1}, 20, labels, gang=False) == {"decode": 2}
+    assert started_by(encoder, 5, {}, gang=False) == {"train": 1}
+    labels = {name: group.get("labels", {}) for name, group, _ in groups() if name != "head"}
+    assert labels == {name: LAUNCHER["available_node_types"][name]["labels"] for name in labels}
+    # Ray Train plans with the nodes that have no such label, Ray Data with those of one value.
+    assert [name for name in labels if SUBCLUSTER_LABEL_KEY not in labels[name]] == ["train"]
 
 
 def test_a_submitter_that_is_lost_is_replaced_and_a_job_that_failed_is_not_run_again():

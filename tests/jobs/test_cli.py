@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from jobs import generate, preprocess
-from jobs.cli import FAILURE, HELD, LOOK, USAGE_ERROR, WORKER_ENVIRONMENT, JobError, main
-from jobs.config import GenerateJob, PreprocessJob
+from jobs.cli import FAILURE, HELD, LOOK, USAGE_ERROR, WORKER_ENVIRONMENT, JobError, main, start_ray
+from jobs.config import GenerateJob, Job, PreprocessJob, RayConfig
 from pipelines.config import without_secrets
 from pipelines.schema import Manifest
 from pipelines.storage import Storage
@@ -218,3 +218,15 @@ def test_what_a_stage_asks_to_look_at_is_told_however_the_next_one_ends(folder, 
 )
 def test_an_address_is_told_without_its_secrets(address, told):
     assert without_secrets({"uri": [address]}) == {"uri": [told]}
+
+
+def test_the_labels_of_a_job_are_those_that_ray_data_starts_every_stage_with(monkeypatch):
+    from ray.data import DataContext
+
+    options = DataContext.get_current().execution_options
+    monkeypatch.setattr(options, "label_selector", None)  # as it was, once the test has ended
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    start_ray(Job())
+    assert options.label_selector is None
+    start_ray(Job(ray=RayConfig(label_selector={"ray-subcluster": "data"})))
+    assert options.label_selector == {"ray-subcluster": "data"}

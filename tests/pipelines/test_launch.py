@@ -1,8 +1,13 @@
-"""What a training run may be resumed with."""
+"""What a training run may be resumed with, and where its workers run."""
+
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 from pipelines.storage import Storage
+from pipelines.train import launch
+from pipelines.train.config import WorkersConfig
 from pipelines.train.launch import _check_checkpoint, _check_unchanged
 
 LPIPS = {"preset": "vgg16", "trunk": "/t", "heads": "/h"}
@@ -53,3 +58,11 @@ def test_a_run_never_starts_afresh_unnoticed(tmp_path):
         _check_checkpoint(run, 0)
     run.write("checkpoints/checkpoint_a/unet/rank_00000.safetensors", b"12345678")
     _check_checkpoint(run, 80)
+
+
+@pytest.mark.parametrize(("labels", "asked"), [({"work": "train"}, {"work": "train"}), ({}, None)])
+def test_every_worker_asks_for_a_node_with_the_labels(monkeypatch, tmp_path, labels, asked):
+    trainer = Mock()
+    monkeypatch.setattr(launch, "Trainer", trainer)
+    launch._trainer(SimpleNamespace(workers=WorkersConfig(count=2), output=Storage(str(tmp_path))), labels)
+    assert trainer.call_args.kwargs["scaling_config"].label_selector == asked

@@ -127,6 +127,8 @@ def test_settings_are_those_of_the_checkout_with_the_users_places_in_them(tmp_pa
     told = (INFRA / "kubernetes/base.yaml").read_text()
     ((name, folder),) = re.findall(r"create configmap (\S+) --from-file=(\S+)", told)
     assert ROOT / folder == SETTINGS
+    placed = {path.parent for path in INFRA.rglob("*.yaml") if "your-bucket" in path.read_text()}
+    assert placed == {INFRA / "kubernetes"}  # where the README's command puts a name in its place
     head = cluster()["spec"]["headGroupSpec"]["template"]["spec"]
     (volume,) = (volume for volume in head["volumes"] if "configMap" in volume)
     assert volume["configMap"]["name"] == name

@@ -204,6 +204,12 @@ class Tally:
     begun: float = field(default_factory=time.monotonic)
     load: list[float] = field(default_factory=list)
 
+    def __enter__(self) -> Tally:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.show()  # also of a loop that is broken off
+
     def killed(self, kind: str, where: str) -> None:
         """Count a kill, and say so."""
         self.kills[kind, where] += 1

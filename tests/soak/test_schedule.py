@@ -286,7 +286,7 @@ def test_a_schedule_accounts_for_every_image_once_whatever_dies(tmp_path: Path, 
     write_vae(tmp_path / "vae.safetensors")
     (tmp_path / "job.toml").write_text(SETTINGS.format(root=tmp_path))
     source = Source(tmp_path / "images", random.Random(seed))
-    with OwnCluster() as cluster:
+    with OwnCluster() as cluster, tally:
         schedule = Schedule(tmp_path, cluster, source, tally, random.Random(seed + 1))
         growing = threading.Thread(target=source.grow, daemon=True)
         growing.start()
@@ -338,9 +338,8 @@ def test_a_schedule_accounts_for_every_image_once_whatever_dies(tmp_path: Path, 
         command = [sys.executable, "-m", "jobs.preprocess", *words, f"tracking.uri=sqlite:///{tmp_path}/fresh.db"]
         subprocess.run(command, cwd=ROOT, env=cluster.environment, check=True, timeout=LAST)
         compare(folder, fresh, tally)
-    tally.counts |= Counter({f"runs: {status}": count for status, count in statuses.items()})
-    tally.counts["images"], tally.counts["replaced or gone"] = len(found), len(source.altered)
-    tally.show()
+        tally.counts |= Counter({f"runs: {status}": count for status, count in statuses.items()})
+        tally.counts["images"], tally.counts["replaced or gone"] = len(found), len(source.altered)
     print("  runs on the MLflow page:", runs_by_status(tmp_path))
     assert taken_over
     assert tally.of("driver at work")

@@ -158,7 +158,7 @@ def test_training_that_is_killed_at_random_ends_with_the_weights_of_an_unbroken_
     options += [f"storage.s3_endpoint={s3.endpoint}"]
     reach = StorageOptions(s3_endpoint=s3.endpoint, s3_region="us-east-1")
 
-    with OwnCluster() as cluster:
+    with OwnCluster() as cluster, tally:
         make_latents(cluster, made)
         node = cluster.add_node(LOGICAL_CPUS - 1)
 
@@ -189,5 +189,4 @@ def test_training_that_is_killed_at_random_ends_with_the_weights_of_an_unbroken_
             tally.counts[f"runs equal to the bit ({place})"] += 1
             tally.counts["steps compared"] += IMAGES // 8
             seed += 1
-    tally.show()
     assert tally.kills

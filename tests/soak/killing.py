@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -67,16 +68,16 @@ class OwnCluster:
             assert not last, "the head did not come up three times"
 
     def add_node(self, cpus: int) -> Node:
-        """Start a further node, without waiting for it."""
+        """Start a further node, without waiting for it; it is started again where Ray's 30 s were too few."""
         folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         command = [str(BIN / "ray"), "start", f"--address={self.address}", "--block", f"--num-cpus={cpus}"]
         command += ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000", "--disable-usage-stats"]
         agents = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
         command += [f"--{agent}-port={free_port()}" for agent in agents]  # else it waits for the agents to choose
-        with open(folder / "node.log", "wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
-        self.nodes.append(Node(process, folder, "node.log"))
-        return self.nodes[-1]
+        node = Node(_start_node(command, folder), folder, "node.log")
+        threading.Thread(target=node.keep_up, args=(command,), daemon=True).start()
+        self.nodes.append(node)
+        return node
 
     def workers(self, title: str) -> list[psutil.Process]:
         """Its workers at work whose title holds `title`, whichever node they are on."""
@@ -89,19 +90,25 @@ class OwnCluster:
         self.nodes = []
 
 
-@dataclass(frozen=True)
+@dataclass
 class Node:
     """A node of the cluster: what `ray start --block` has started."""
 
     process: subprocess.Popen[bytes]
     folder: Path
     log: str
+    wanted: bool = True
+
+    def keep_up(self, command: Sequence[str]) -> None:
+        """Start it again each time that it ends before it is killed."""
+        while self.process.wait() is not None and self.wanted:
+            self.process = _start_node(command, self.folder)
 
     def comes_up(self) -> bool:
         """Wait until it is up; False where it has ended instead."""
         seen = lambda: UP in (self.folder / self.log).read_text(errors="replace")  # noqa: E731
         _wait_for(lambda: self.process.poll() is not None or seen(), PATIENCE, f"{self.folder}: did not come up")
-        return self.process.poll() is None
+        return seen()
 
     def below(self) -> list[psutil.Process]:
         """All its processes but `ray start` itself."""
@@ -112,7 +119,7 @@ class Node:
 
     def kill_raylet(self) -> None:
         """Kill what makes it a node, and wait until `ray start` has noticed and ended; what is left then is killed."""
-        below = self.below()
+        below, self.wanted = self.below(), False
         _kill([process for process in below if _name(process) == "raylet"])
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(PATIENCE)
@@ -120,12 +127,18 @@ class Node:
 
     def kill(self, below: Sequence[psutil.Process] = ()) -> None:
         """Kill all its processes, and forget its files; where it died of itself, its log is shown."""
-        if not below and self.process.poll() is not None:
+        if not below and self.wanted and self.process.poll() is not None:
             print((self.folder / self.log).read_text(errors="replace")[-3000:], flush=True)
+        self.wanted = False
         _kill([*below, *self.below()])
         self.process.kill()
         self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _start_node(command: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
+    with open(folder / "node.log", "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
 
 
 def _kill(processes: Sequence[psutil.Process]) -> None:

@@ -45,7 +45,6 @@ def test_training_shrinks_to_the_workers_that_are_left_and_grows_when_there_are_
     with OwnCluster() as cluster:
         make_latents(cluster, demo)
         node = cluster.add_node(LOGICAL_CPUS - 1)
-        assert node.comes_up()
         job = start_job(cluster, log, *command(demo, demo, base.uri, *often, *elastic, f"schedule.images={MOST}"))
 
         def newest(wanted: Callable[[int, int], bool]) -> bool:

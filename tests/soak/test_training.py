@@ -31,7 +31,7 @@ from tests.conftest import BIN, LOGICAL_CPUS, ROOT, S3, Demo
 from tests.soak.killing import Node, OwnCluster, Tally, ended, start_job, tail, until, write_vae
 from tests.test_survival import curve
 
-IMAGES, CHECKPOINT, KEEP = 640, 32, 3
+IMAGES, CHECKPOINT, KEEP = 320, 32, 3
 MOST_KILLS = 6  # of one run, so that it comes to its end
 MEAN_SECONDS = 10.0  # between two kills that come whenever it is
 PATIENCE = 60.0  # for a checkpoint that is being written

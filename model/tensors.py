@@ -92,9 +92,12 @@ class Stored:
 State = Mapping[str, Stored]
 
 
-def stored(state: Mapping[str, Tensor]) -> dict[str, Stored]:
-    """Tensors that are there already."""
-    return {key: Stored(tuple(value.shape), value.dtype, value.detach) for key, value in state.items()}
+def stored(state: Mapping[str, Tensor | Stored]) -> dict[str, Stored]:
+    """A state of which tensors may be there already."""
+    return {
+        key: value if isinstance(value, Stored) else Stored(tuple(value.shape), value.dtype, value.detach)
+        for key, value in state.items()
+    }
 
 
 def joined(parts: Sequence[Stored]) -> Stored:

@@ -66,12 +66,12 @@ PREFIXES = {Kind.UNET: UNET_PREFIX, Kind.VAE: VAE_PREFIX}  # in a single file
 
 def save_weights(
     path: Name,
-    state_dict: Mapping[str, Tensor],
+    state_dict: Mapping[str, Tensor | Stored],
     kind: Kind | str,
     config: Config,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a module's state dict with its config, and `extra` (JSON values) beside it.
+    """Write a module's state dict, tensor by tensor, with its config, and `extra` (JSON values) beside it.
 
     The file appears under its name only when it is complete: whoever reads it never sees half of one.
     """

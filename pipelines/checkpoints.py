@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.tensors import check_keys, raw, shapes, stored, write_stream
+from model.tensors import Stored, check_keys, raw, shapes, stored, write_stream
 from pipelines.ranges import RangeReader
 from pipelines.storage import Storage
 
@@ -161,8 +161,9 @@ class Shards:
             begins = {role: begin + 4 * run.length for role, begin in begins.items()}
 
 
-def averaged_weights(checkpoint: Storage, name: str, network: nn.Module) -> dict[str, Tensor]:
-    """The averaged weights, fp32, of the network `name`, which is shaped like `network`, which may be on meta.
+def averaged_weights(checkpoint: Storage, name: str, network: nn.Module) -> dict[str, Stored]:
+    """The averaged weights, fp32, of the network `name`, which is shaped like `network`, which may be on meta: each is
+    read when it is asked for.
 
     Raises FileNotFoundError where the checkpoint holds no average of that name, and ValueError where it is not whole or
     is of another network.
@@ -171,6 +172,8 @@ def averaged_weights(checkpoint: Storage, name: str, network: nn.Module) -> dict
     if AVERAGE not in shards.roles:
         raise FileNotFoundError(f"{checkpoint.uri} holds no averaged weights of {name!r}")
     check_keys(f"{checkpoint.uri}: {name}", shards.parameters, shapes(dict(network.named_parameters())))
-    return {
-        key: shards.read(AVERAGE, Run(key, 0, math.prod(shape))).view(shape) for key, shape in shards.parameters.items()
-    }
+
+    def of(key: str, shape: tuple[int, ...]) -> Stored:
+        return Stored(shape, torch.float32, lambda: shards.read(AVERAGE, Run(key, 0, math.prod(shape))).view(shape))
+
+    return {key: of(key, shape) for key, shape in shards.parameters.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -100,7 +101,18 @@ def index_rows(
 
     `pinned` is the digest of a version of the index, and None the current one. An index may be far larger than its
     reader: it is gone through file by file for a few columns, and of the rows that are chosen alone comes the rest.
+    Those of a version are kept, for each checkpoint of a run asks for the same.
     """
+    if pinned is None:
+        pinned = require_manifest(index, "index").digest
+    return _pinned_rows(index.uri, index.options, count, validation_share, pinned)
+
+
+@lru_cache(maxsize=1)
+def _pinned_rows(
+    uri: str, options: StorageOptions, count: int | None, validation_share: float, pinned: str
+) -> list[dict[str, Any]]:
+    index = Storage(uri, options)
     names = [file.name for file in data_files(index, require_manifest(index, "index", pinned))]
     order = [(Column.SOURCE, "ascending"), (Column.PATH, "ascending")]
     told = [Column.SOURCE, Column.PATH, Column.ID, Column.REJECT_REASON]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -30,9 +31,9 @@ from pipelines.ranges import RangeReader
 from pipelines.schema import Column, DataFile, Manifest, data_files, kept_rows, masks_of_pairs
 from pipelines.storage import Storage
 from pipelines.train.lost import NEIGHBOURS, LostImage, LostImages
-from pipelines.train.plan import Plan, cut_step
+from pipelines.train.plan import Plan, PlannedBatch, cut_step
 
-PREFETCHED_STEPS = 2
+PREFETCHED_STEPS, STEPS_AT_A_TIME = 2, 2  # a step's last files are waited for while the next one's are read
 OPEN_FILES, KNOWN_FILES = 256, 4096  # latents files that each worker holds open, and knows the layout of
 LOCAL_READERS, REMOTE_READERS = 2, 32  # parts of latents files read at a time
 DECODE_THREADS = 4
@@ -112,13 +113,19 @@ class Slices:
         stopped = threading.Event()
 
         def work() -> None:
-            step = self.step
-            try:
-                while not stopped.is_set():
-                    _put(ready, self._read(step), stopped)
-                    step += 1
-            except BaseException as error:
-                _put(ready, error, stopped)
+            reads: deque[Future[list[tuple[Batch, float]]]] = deque()
+            with ThreadPoolExecutor(STEPS_AT_A_TIME) as pool:
+                try:
+                    for step in itertools.count(self.step):
+                        if stopped.is_set():
+                            break
+                        reads.append(pool.submit(self._read, step, self.plan.step(step)))
+                        if len(reads) == STEPS_AT_A_TIME:
+                            _put(ready, reads.popleft().result(), stopped)
+                except BaseException as error:
+                    _put(ready, error, stopped)
+                finally:
+                    pool.shutdown(wait=False, cancel_futures=True)
 
         thread = threading.Thread(target=work, daemon=True, name="read-ahead")
         thread.start()
@@ -134,8 +141,8 @@ class Slices:
             stopped.set()
             thread.join()
 
-    def _read(self, step: int) -> list[tuple[Batch, float]]:
-        planned, batch = self.plan.step(step), self.plan.batch
+    def _read(self, step: int, planned: PlannedBatch) -> list[tuple[Batch, float]]:
+        batch = self.plan.batch
         micro_batches = []
         for part in cut_step(batch, self.rank, self.world):
             first = step * batch.global_size + part.start

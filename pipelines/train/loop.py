@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -15,6 +17,7 @@ import torch
 from model.speed import compile_blocks
 from model.unet import UNet
 from model.vae import VAE
+from pipelines.config import Size
 from pipelines.lease import Lease
 from pipelines.storage import Storage, StorageOptions
 from pipelines.tracking import Ticket, Tracker
@@ -35,7 +38,7 @@ from pipelines.train.lost import LOST
 from pipelines.train.machine import Machine
 from pipelines.train.meter import Meter
 from pipelines.train.operations import peak_tflops
-from pipelines.train.outputs import export, sample_pictures
+from pipelines.train.outputs import export, sample_pictures, sampled_rows
 from pipelines.train.plan import Plan, PlannedBatch
 from pipelines.train.tasks import DenoiserTask, Task, VAETask
 from pipelines.train.validation import Validation, hide
@@ -72,8 +75,7 @@ def train_on_worker(settings: dict[str, Training]) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it prints each checkpoint on every worker
     training = settings["training"]
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    device = ray.train.torch.get_device()
-    batch, schedule = training.batch, training.schedule
+    device, batch, schedule = ray.train.torch.get_device(), training.batch, training.schedule
     task = _task(training, device)
     validation = hide(task, training.output, batch, schedule, rank=rank, world=world)
     engines = _engines(task, training, device)
@@ -85,6 +87,7 @@ def train_on_worker(settings: dict[str, Training]) -> None:
     peak = peak_tflops(training.workers.peak_tflops, device, training.workers.dtype) if rank == 0 else None
     meter = Meter(task.operations() if peak else None, peak)
     tracker, machine = (Tracker(training.ticket), Machine(device)) if rank == 0 else (None, None)
+    sampled = sampled_rows(task.reader.files, schedule.sample_buckets) if rank == 0 else []
     averaged = engines[next(iter(engines))]  # the network that is sampled from and exported
 
     for micro_batches in itertools.islice(slices, max(0, steps - step)):  # none if only the export was missed
@@ -112,7 +115,7 @@ def train_on_worker(settings: dict[str, Training]) -> None:
                 tracker.log(images_seen, numbers)
                 training.board.show.remote(images_seen, numbers)
         if schedule.sample_images and (last or _due(schedule.sample_images, images_seen, batch)):
-            _sample(tracker, task, averaged, images_seen, schedule)
+            _sample(tracker, task, averaged, images_seen, sampled)
         if last or _due(schedule.checkpoint_images, images_seen, batch):
             if tracker:
                 tracker.keep()
@@ -181,11 +184,17 @@ def _measured(validation: Validation | None, task: Task, averaged: Engine) -> di
         return validation.measure(task, network)
 
 
-def _sample(tracker: Tracker | None, task: Task, averaged: Engine, images_seen: int, schedule: ScheduleConfig) -> None:
+def _sample(
+    tracker: Tracker | None,
+    task: Task,
+    averaged: Engine,
+    images_seen: int,
+    sampled: Sequence[tuple[Size, np.ndarray]],
+) -> None:
     """Worker 0 shows what the averaged weights make."""
     with averaged.averaged(everywhere=False) as network:
         if tracker:
-            for name, picture in sample_pictures(task, network, schedule.sample_buckets):
+            for name, picture in sample_pictures(task, network, sampled):
                 tracker.image(images_seen, name, picture)
 
 

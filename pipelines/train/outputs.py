@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 
 from model.config import Conditioning
 from pipelines.config import Size
+from pipelines.schema import DataFile
 from pipelines.sources import WEIGHTS_FILE
 from pipelines.storage import Storage
 from pipelines.train.batches import Batch, LatentBatch
@@ -24,24 +25,26 @@ SAMPLED_ROWS = 8  # pictures in a row of the sample grid
 ORIGINAL_SIZES = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the bucket's sides
 
 
-def sample_pictures(task: Task, network: torch.nn.Module, buckets: int) -> Iterator[tuple[str, np.ndarray]]:
+def sample_pictures(
+    task: Task, network: torch.nn.Module, sampled: Sequence[tuple[Size, np.ndarray]]
+) -> Iterator[tuple[str, np.ndarray]]:
     """(name, picture uint8 [H, W, 3]) of what the network makes: the same rows and noise at every step of a run.
 
-    A grid for each of the buckets with the most rows, and of base and refiner one that tells the network other original
-    sizes of one image (SDXL's figure 3).
+    A grid for each of `sampled_rows`, and of base and refiner one that tells the network other original sizes of one
+    image (SDXL's figure 3).
     """
-    batches = sample_batches(task, buckets)
+    batches = [task.reader.read(rows, bucket, 0) for bucket, rows in sampled]
     for number, batch in enumerate(batches):
         yield "samples" + (f"_{batch.bucket[0]}x{batch.bucket[1]}" if number else ""), task.samples(network, batch)
     if isinstance(batches[0], LatentBatch):
         yield "samples_by_original_size", task.samples(network, by_original_size(batches[0]), same_noise=True)
 
 
-def sample_batches(task: Task, buckets: int) -> list[Batch]:
-    """The first rows of the largest file of each of the buckets with the most rows; fewer where there are fewer."""
+def sampled_rows(files: Sequence[DataFile], buckets: int) -> list[tuple[Size, np.ndarray]]:
+    """(bucket, rows [B,2]) of each grid: the first rows of the largest file of each of the buckets with the most rows;
+    fewer where there are fewer."""
     rows: Counter[Size] = Counter()
     largest: dict[Size, int] = {}
-    files = task.reader.files
     for number, file in enumerate(files):
         assert file.bucket is not None
         rows[file.bucket] += file.rows
@@ -49,7 +52,7 @@ def sample_batches(task: Task, buckets: int) -> list[Batch]:
         if file.rows > files[best].rows:
             largest[file.bucket] = number
     return [
-        task.reader.read(np.array([[largest[bucket], row] for row in range(count)]), bucket, 0)
+        (bucket, np.array([[largest[bucket], row] for row in range(count)]))
         for bucket, _ in rows.most_common(buckets)
         if (count := min(SAMPLED_ROWS, files[largest[bucket]].rows))
     ]

@@ -274,6 +274,22 @@ def test_reading_ahead_ends_with_the_iterator(reader):
     assert alive() == []
 
 
+def test_steps_are_read_beside_one_another_and_come_in_their_order(reader, monkeypatch):
+    plan, read, begun = Plan(reader.files, BatchConfig(global_size=4, micro_size=4)), reader.read, threading.Event()
+
+    def slow_first(rows, bucket, first):
+        if first == 0:
+            assert begun.wait(30)  # until the second step's read has begun
+        else:
+            begun.set()
+        return read(rows, bucket, first)
+
+    monkeypatch.setattr(reader, "read", slow_first)
+    part = iter(Slices(reader, plan, 0, 1, step=0))
+    assert [batch.first for _ in range(4) for batch, _ in next(part)] == [0, 4, 8, 12]
+    part.close()
+
+
 def test_waiting_is_measured(reader):
     slices = Slices(reader, Plan(reader.files, BatchConfig(global_size=4, micro_size=4)), 0, 1, step=0)
     part = iter(slices)

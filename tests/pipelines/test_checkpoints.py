@@ -55,8 +55,8 @@ def write(folder, workers=2, progress=None, values=VALUES, network="unet"):
 @pytest.mark.parametrize("workers", [1, 2, 5, 9])
 def test_parts_are_put_together_whoever_wrote_them(tmp_path, workers):
     found = averaged_weights(write(tmp_path, workers), "unet", network())
-    assert found["weight"].tolist() == [[10, 20, 30], [40, 50, 60]]
-    assert found["bias"].tolist() == [70, 80]
+    assert found["weight"].read().tolist() == [[10, 20, 30], [40, 50, 60]]
+    assert found["bias"].read().tolist() == [70, 80]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])

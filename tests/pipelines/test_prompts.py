@@ -3,8 +3,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.evaluate.config import PromptColumns, PromptsConfig
-from pipelines.evaluate.prompts import batches, read_prompts
-from pipelines.storage import StorageOptions
+from pipelines.evaluate.prompts import batches, index_rows, read_prompts
+from pipelines.heldout import is_held_out
+from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, DataFile, kept_rows, require_manifest, write_manifest
+from pipelines.storage import Storage, StorageOptions
 
 OPTIONS = StorageOptions()
 
@@ -113,3 +115,35 @@ def test_batches_hold_one_size_and_every_prompt_once(table):
     assert all(len({tuple(size) for size in t["size"].to_pylist()}) == 1 and t.num_rows <= 4 for t in tables)
     assert sorted(name for t in tables for name in t["name"].to_pylist()) == sorted(f"{k}.png" for k in range(15))
     assert len(tables) == 5  # 10 of one height in 3 tables, 5 of the other in 2
+
+
+@pytest.mark.parametrize(("count", "share"), [(None, 0.0), (7, 0.0), (5, 0.5), (None, 0.5), (1000, 0.0)])
+def test_the_rows_of_an_index_are_the_first_by_path_whatever_file_they_are_in(tmp_path, monkeypatch, count, share):
+    index, files = Storage(f"{tmp_path}/index"), []
+    for number in range(4):
+        rows = []
+        for place in range(8):
+            path = f"{place * 7 % 8}-{number}.png"
+            known = {"key": path, "id": f"{place}{number}" * 8, "source": f"s{place % 2}", "path": path, "file_size": 1}
+            known |= {
+                "captions": ["a", "bad"],
+                "caption_weights": [1.0, 1.0],
+                "caption_reasons": [None, "long_caption"],
+            }
+            known |= {"bucket": [8, 8], "original_size": [9, 9], "reject_reason": "blank" if place == number else None}
+            rows.append(dict.fromkeys(INDEX_SCHEMA.names) | known)
+        files.append(DataFile(name=f"data/{number}.parquet", rows=8))
+        index.write_table(files[-1].name, pa.Table.from_pylist(rows, INDEX_SCHEMA))
+    content = {"counts": {"kept": 28}, "fingerprint": {"schema": SCHEMA_VERSION}, "parents": {}}
+    version = write_manifest(index, files, kind="index", **content).digest
+    every = sorted(
+        kept_rows(index, require_manifest(index, "index")).to_pylist(), key=lambda r: (r["source"], r["path"])
+    )
+    wanted = [row for row in every if not share or is_held_out(row["id"], share)][:count]
+    told = [{name: value for name, value in row.items() if name != "key"} for row in wanted]
+    found = index_rows(index, count, share, version)
+    assert [{name: value for name, value in row.items() if name != "key"} for row in found] == told
+    assert found[0]["captions"] == ["a"]
+    assert 0 < len(found) <= 28
+    monkeypatch.setattr(Storage, "read_tables", None)  # nothing is read again
+    assert index_rows(index, count, share, version) == found

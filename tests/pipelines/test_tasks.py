@@ -364,7 +364,8 @@ def test_grids_show_the_buckets_with_the_most_rows_and_other_original_sizes_of_o
     seen: list[Tensor] = []
     network = task.networks()["unet"].eval()
     network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-    names = [name for name, _ in outputs.sample_pictures(task, network, 2)]
+    sampled = outputs.sampled_rows(task.reader.files, 2)
+    names = [name for name, _ in outputs.sample_pictures(task, network, sampled)]
     assert names == ["samples", "samples_32x48", "samples_by_original_size"]
     rows, sizes, (noisy, _, _, vectors) = len(seen[0][0]), outputs.ORIGINAL_SIZES, seen[-1]
     assert (rows, len(seen[1][0]), len(noisy)) == (8, 4, len(sizes))

@@ -235,6 +235,7 @@ class Schedule:
 
 
 def where_in(tick: Tick) -> str:
+    """The stage that a run has come to, by what it has printed."""
     for stage in ("latents", "index"):
         if re.search(rf"^{stage}: ", tick.text, re.MULTILINE):
             return stage
@@ -314,15 +315,15 @@ def test_a_schedule_accounts_for_every_image_once_whatever_dies(tmp_path: Path, 
         source.over.set()
         for thread in (growing, *elsewhere, *schedule.threads):
             thread.join(LAST)
-        last = [schedule.start() for _ in range(1)]
-        last[0].process.wait(LAST + SILENT_SECONDS)
-        last.append(schedule.start())
-        last[1].process.wait(LAST)
+        rest = schedule.start()
+        rest.process.wait(LAST + SILENT_SECONDS)
+        idle = schedule.start()
+        idle.process.wait(LAST)
         for thread in schedule.threads:
             thread.join(LAST)
         statuses = Counter(check_status(tick, schedule) for tick in schedule.ticks)
-        assert [check_status(tick, schedule) for tick in last][1] == "nothing new", last[1].text
-        assert last[0].process.returncode == 0, last[0].text
+        assert rest.process.returncode == 0, rest.text
+        assert check_status(idle, schedule) == "nothing new", idle.text
         found = paths(tmp_path)
         assert sorted(found) == sorted(path.name for path in (tmp_path / "images").glob("*.png"))
         for stage in ("index", "latents"):

@@ -9,7 +9,6 @@ off the stack of a worker, just before. Outputs lie on local disk and on S3 in t
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
 import secrets
@@ -66,7 +65,8 @@ class Loop:
 
     def run(self) -> Node:
         """Train to the end; gives the second node as it is then."""
-        for attempt in itertools.count():
+        attempt = 0
+        while True:
             log = self.demo.root / f"attempt-{attempt}.log"
             driver = start_job(self.cluster, log, *self.command)
             while self.left and driver.poll() is None and time.monotonic() < self.until:
@@ -76,7 +76,7 @@ class Loop:
                 return self.node
             assert code == -9, f"seeds {self.tally.seeds}: ended with {code}\n{tail(log)}"
             self.tally.counts["restarts"] += 1
-        raise AssertionError("unreachable")
+            attempt += 1
 
     def _kill(self, driver: subprocess.Popen[bytes]) -> bool:
         """Wait for a moment, and kill; gives whether there was something to be killed."""

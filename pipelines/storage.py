@@ -13,12 +13,12 @@ import os
 import re
 import shutil
 import uuid
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Annotated, Any, BinaryIO
 
 import pyarrow as pa
@@ -30,6 +30,8 @@ from pipelines.ranges import RangeReader
 
 READ_AHEAD = 2**20  # bytes of a stream
 TABLE_READERS, TABLES_AHEAD = 16, 64  # tables that are read at a time, and before they are asked for
+FILES_AT_A_TIME = 65_536  # of a listing, as Python values
+LISTED = pa.schema([("name", pa.string()), ("size", pa.int64()), ("modified_us", pa.int64())])
 PART_BYTES = 16 * 2**20  # of an upload whose size is not known; ten are in memory at most
 GONE = "NO_SUCH_UPLOAD"  # as boto3 says
 TEMPORARY = ".incomplete-"  # prefix of a local file that is still being written
@@ -178,14 +180,17 @@ class Storage:
 
     def list_table(self) -> pa.Table:
         """As `list`, of the whole folder, as columns name, size and modified_us: for folders of millions of files."""
-        names, sizes, times = [], array("q"), array("q")
         start = len(self.root) + 1
-        for info in self._files_below(""):
-            names.append(info.path[start:])
-            sizes.append(info.size)
-            times.append((info.mtime_ns or 0) // 1000)
-        columns = {"name": pa.array(names, pa.string()), "size": pa.array(sizes), "modified_us": pa.array(times)}
-        return pa.table(columns).sort_by("name")
+        found = self._files_below("")
+        tables = []
+        while some := list(islice(found, FILES_AT_A_TIME)):
+            columns: dict[str, Iterable[Any]] = {
+                "name": (info.path[start:] for info in some),
+                "size": (info.size for info in some),
+                "modified_us": ((info.mtime_ns or 0) // 1000 for info in some),
+            }
+            tables.append(pa.table({field.name: pa.array(columns[field.name], field.type) for field in LISTED}))
+        return pa.concat_tables([*tables, LISTED.empty_table()]).sort_by("name")
 
     def read(self, name: str) -> bytes:
         """The bytes of `name`. Raises FileNotFoundError if there is none."""
@@ -353,15 +358,32 @@ class Storage:
         self.write(name, buffer)
         return buffer.size
 
+    def write_tables(self, name: str, tables: Sequence[pa.Table]) -> None:
+        """Write tables of one schema as the Parquet file `name`, each in a row group of its own."""
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(sink, tables[0].schema) as writer:
+            for table in tables:
+                writer.write_table(table, row_group_size=max(1, table.num_rows))
+        self.write(name, sink.getvalue())
+
+    def read_part(self, name: str, number: int) -> pa.Table:
+        """A row group of the Parquet file `name`."""
+        with self._parquet(name) as parquet:
+            return parquet.read_row_group(number)
+
     def _files_below(self, folder: str) -> Iterator[pafs.FileInfo]:
-        selector = pafs.FileSelector(self.path(folder), recursive=True, allow_not_found=True)
-        try:
-            found = self.filesystem.get_file_info(selector)
-        except FileNotFoundError:  # of a folder that came while it was looked for: not there at first, there at last
-            found = self.filesystem.get_file_info(selector)
-        for info in found:
-            if info.type == pafs.FileType.File and not info.base_name.startswith(TEMPORARY):
-                yield info
+        waiting = [self.path(folder)]
+        while waiting:  # local folders one at a time: what is known of all files at once is much more than their names
+            selector = pafs.FileSelector(waiting.pop(), recursive=not self.is_local, allow_not_found=True)
+            try:
+                found = self.filesystem.get_file_info(selector)
+            except FileNotFoundError:  # of a folder that came meanwhile: not there at first, there at last
+                found = self.filesystem.get_file_info(selector)
+            for info in found:
+                if info.type == pafs.FileType.Directory and self.is_local:
+                    waiting.append(info.path)
+                elif info.type == pafs.FileType.File and not info.base_name.startswith(TEMPORARY):
+                    yield info
 
     def remove_incomplete(self) -> int:
         """Delete what writers that were killed left behind; returns how many files. Local folders only."""

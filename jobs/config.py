@@ -44,7 +44,14 @@ from pipelines.config import (
     all_sources,
 )
 from pipelines.evaluate.config import EvaluateConfig, GenerateConfig, ReconstructConfig
-from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig, ScoringConfig
+from pipelines.preprocess.config import (
+    AlertConfig,
+    BucketConfig,
+    DriverConfig,
+    EncodeConfig,
+    FilterConfig,
+    ScoringConfig,
+)
 from pipelines.storage import StorageOptions
 from pipelines.train.config import (
     BatchConfig,
@@ -115,6 +122,8 @@ class PreprocessJob(Job):
     """How the latents stage encodes."""
     tasks: StageResources = Field(default_factory=StageResources)
     """One task of the CPU stages."""
+    driver: DriverConfig = Field(default_factory=DriverConfig)
+    """The process that lists, plans and commits."""
     index_rows_per_file: Count = 1024
     """Images per task and per Parquet file of the index."""
 

@@ -128,6 +128,7 @@ def _build(job: PreprocessJob, stage: str, held: Lease, begin: Callable[[], None
             alerts=job.alerts,
             begin=begin,
             scoring=job.scoring,
+            driver=job.driver,
         )
     return build_latents(
         vae=job.vae,
@@ -140,6 +141,7 @@ def _build(job: PreprocessJob, stage: str, held: Lease, begin: Callable[[], None
         held=held,
         resources=job.tasks,
         begin=begin,
+        driver=job.driver,
     )
 
 
@@ -194,7 +196,7 @@ def plan(job: PreprocessJob) -> None:
 def _describe_source(found: Survey, options: StorageOptions) -> str:
     """What there is, as far as it shows before containers are read."""
     if found.kind == "folder":
-        return f"folder of {list_inputs([found], options).num_rows} images"
+        return f"folder of {sum(inputs.num_rows for inputs in list_inputs([found], options))} images"
     from pipelines.estimate import readable
 
     count, size = len(found.containers), sum(container.size for container in found.containers)

@@ -49,6 +49,12 @@ REMEDIES = (
         "emptyDir at /dev/shm on Kubernetes. Ray's objects and NCCL's buffers lie there.",
     ),
     Remedy(
+        cause="disk of the driver's rows full",
+        pattern=r"rows on their way fill driver\.folder",
+        advice="Make room on the driver's disk, or name a folder on a larger one in driver.folder, and run the same "
+        "command again.",
+    ),
+    Remedy(
         cause="disk full",
         pattern=r"No space left on device|Disk quota exceeded|OutOfDiskError|file_system_monitor",
         advice="Make room, or give another output, and run the same command again: what is finished stays, and "

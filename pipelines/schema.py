@@ -7,6 +7,7 @@ A dataset is a folder:
     files/<digest>.parquet      the manifest's list of data files
     data/<fingerprint>/...      Parquet files of rows; one that no manifest names is not part of the dataset
     lease/...                   who writes it now
+    plan/...                    what a run in progress is making (preprocess/plan.py)
     report.html, times.json     what it holds, for a person, and what its last run took
 
 Nothing inside is absolute, so a copied folder is the same dataset.
@@ -348,7 +349,13 @@ def kept_rows(index: Storage, manifest: Manifest) -> pa.Table:
     rows = pa.concat_tables(tables or [kept(INDEX_SCHEMA.empty_table().select(columns))])
     if COMPUTED in manifest.facts:
         rows = with_computed(rows, index, manifest.facts[COMPUTED]).drop_columns([Column.CLIP_SIMILARITY])
-    return _with(rows, Column.KEY, row_digests(rows.select(LATENTS_IDENTITY))).sort_by(Column.KEY)
+    return with_latents_key(rows).sort_by(Column.KEY)
+
+
+def with_latents_key(rows: pa.Table) -> pa.Table:
+    """Kept index rows with the key that their latents row has, in place of their own or of none."""
+    keys = row_digests(rows.select(LATENTS_IDENTITY))
+    return _with(rows, Column.KEY, keys) if Column.KEY in rows.column_names else rows.append_column(Column.KEY, keys)
 
 
 def kept(rows: pa.Table) -> pa.Table:

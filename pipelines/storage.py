@@ -346,8 +346,9 @@ class Storage:
                 yield from pool.map(lambda name: self.read_table(name, columns), group)
 
     def write_table(self, name: str, table: pa.Table, **parquet: Any) -> int:
-        """Write `table` as the Parquet file `name`, in one row group; returns its size in bytes."""
-        parquet["row_group_size"] = max(1, table.num_rows)
+        """Write `table` as the Parquet file `name`, in one row group or of `row_group_size`; returns its size in
+        bytes."""
+        parquet = {"row_group_size": max(1, table.num_rows)} | parquet
         if self.is_local:
             with _replacing(self.path(name)) as temporary:
                 pq.write_table(table, temporary, **parquet)
@@ -358,18 +359,14 @@ class Storage:
         self.write(name, buffer)
         return buffer.size
 
-    def write_tables(self, name: str, tables: Sequence[pa.Table]) -> None:
-        """Write tables of one schema as the Parquet file `name`, each in a row group of its own."""
-        sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, tables[0].schema) as writer:
-            for table in tables:
-                writer.write_table(table, row_group_size=max(1, table.num_rows))
-        self.write(name, sink.getvalue())
-
-    def read_part(self, name: str, number: int) -> pa.Table:
-        """A row group of the Parquet file `name`."""
+    def read_group(self, name: str, number: int, columns: Sequence[str] | None = None) -> tuple[pa.Table, int]:
+        """A row group of the Parquet file `name`, or some of its columns; and how many groups there are."""
         with self._parquet(name) as parquet:
-            return parquet.read_row_group(number)
+            wanted = list(columns) if columns is not None else None
+            if not parquet.num_row_groups:
+                empty = parquet.schema_arrow.empty_table()
+                return empty if wanted is None else empty.select(wanted), 1
+            return parquet.read_row_group(number, columns=wanted), parquet.num_row_groups
 
     def _files_below(self, folder: str) -> Iterator[pafs.FileInfo]:
         waiting = [self.path(folder)]

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -24,6 +25,8 @@ from model.weights import Kind, save_weights
 from pipelines.checkpoints import PROGRESS, Run, newest_checkpoint, read_progress, write_shard
 from pipelines.lease import lease
 from pipelines.outbox import Entry, Outbox
+from pipelines.preprocess.config import DriverConfig
+from pipelines.preprocess.runs import Work
 from pipelines.storage import Storage
 from tests.in_process import without_ray
 from tests.test_survival import content
@@ -101,6 +104,15 @@ def test_index_and_latents_go_on_when_there_is_room_again(disk, tmp_path, monkey
         ballast.unlink()
         assert command(disk, stage) == 0
         assert content(disk / stage, stage) == content(tmp_path / "unbroken" / stage, stage)
+
+
+def test_rows_that_find_no_room_on_the_drivers_disk_name_the_setting(disk):
+    work, rows = Work(DriverConfig(folder=str(disk))), pa.table({"a": range(DISK_BYTES // 4)})
+    for fill_it in (lambda: work.array(2 * DISK_BYTES, bool), lambda: work.keep(rows)):
+        with pytest.raises(OSError, match=f"{FULL}{disk}; rows on their way fill driver.folder") as error:
+            fill_it()
+        assert "name a folder on a larger one in driver.folder" in (remedy(str(error.value)) or "")
+        assert files(disk) == []
 
 
 def test_a_checkpoint_that_found_no_room_is_none_and_the_one_before_is_the_newest(disk):

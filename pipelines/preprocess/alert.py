@@ -9,11 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from pipelines.preprocess.config import AlertConfig
-from pipelines.schema import Column, Manifest
 
 
 class HeldError(RuntimeError):
@@ -42,18 +38,6 @@ class Change:
     def loss_share(self) -> float:
         """Kept rows that are gone, of those that were."""
         return max(0, self.kept_before - self.kept) / max(1, self.kept_before)
-
-
-def change_of(before: Manifest | None, known: pa.Array | pa.ChunkedArray, verdicts: pa.Table) -> Change:
-    """The change from the committed index, whose keys are `known`, to the rows with these verdicts."""
-    fresh = pc.invert(pc.is_in(verdicts.column(Column.KEY), value_set=known))
-    rejected = pc.is_valid(verdicts.column(Column.REJECT_REASON))
-    return Change(
-        new=pc.sum(fresh).as_py() or 0,
-        new_rejected=pc.sum(pc.and_(fresh, rejected)).as_py() or 0,
-        kept_before=before.counts.get("kept", 0) if before else 0,
-        kept=verdicts.num_rows - (pc.sum(rejected).as_py() or 0),
-    )
 
 
 def judge(change: Change, alerts: AlertConfig) -> str | None:

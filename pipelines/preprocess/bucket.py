@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.config import Size
 from pipelines.preprocess.config import BucketConfig
+from pipelines.preprocess.crop import ORDER
 from pipelines.preprocess.measure import sizes
+from pipelines.preprocess.runs import CODE, Runs, Work, codes_of, parts
 from pipelines.preprocess.write import cut
-from pipelines.schema import INDEX_SCHEMA, Column, masks_of_pairs, pair_column
+from pipelines.schema import INDEX_SCHEMA, Column, pair_array, pair_column
 
 SDXL_RESOLUTION, SDXL_STEP = 1024, 64
 # Appendix I holds every pair of multiples of 64 from 512 to 2048 whose area is 90% to 100% of 1024 x 1024, but for
@@ -20,6 +24,7 @@ SDXL_RESOLUTION, SDXL_STEP = 1024, 64
 SDXL_SIDES = range(512, 2048 + 1, SDXL_STEP)
 SDXL_LEAST_AREA = 0.90
 SDXL_MISSING = (1344, 704)
+KEY_BITS = np.uint64(44)  # of a code, for the beginning of a key; the rest is for bucket and source
 
 
 def bucket_table(config: BucketConfig) -> tuple[Size, ...]:
@@ -58,27 +63,63 @@ def assign_buckets(index: pa.Table, table: Sequence[Size]) -> pa.Table:
     return index.set_column(position, INDEX_SCHEMA.field(Column.BUCKET), pair_column(buckets))
 
 
-def blocks_by_bucket(rows: pa.Table, size: int) -> list[pa.Table]:
-    """Blocks of one bucket each, all of `size` rows but the last of a bucket, from whatever sources.
+def blocks_by_bucket(
+    crops: Iterable[pa.Table], size: int, *, buckets: Sequence[Size], sources: Iterable[str], work: Work
+) -> Iterator[pa.Table]:
+    """Blocks of one bucket each, all of `size` rows but the last of a bucket, from whatever `sources`.
 
     So the passes of an encoder are as full as they can be. In a block the rows of each source are a unit of their own,
-    because the weight of a source can change later, and a file has rows of one weight.
+    because the weight of a source can change later, and a file has rows of one weight. Blocks follow from the set of
+    crops alone: buckets in ascending order, sources by name, images by ORDER and crops by their numbers.
     """
-    blocks = []
-    for (height, width), mask in masks_of_pairs(rows, Column.BUCKET).items():
-        members = _by_source(rows.filter(mask))
-        for start in range(0, members.num_rows, size):
-            blocks.append(pa.concat_tables(_units(members.slice(start, size), f"{height}x{width}")))
-    return blocks
+    held: pa.Table | None = None
+    for rows in _in_order(crops, sorted(buckets), pa.array(sorted(sources), pa.string()), work):
+        held = rows if held is None else pa.concat_tables([held, rows])
+        codes = _bucket_codes(held)
+        ends = np.flatnonzero(codes[1:] != codes[:-1]) + 1
+        for start, stop in pairwise([0, *ends]):
+            yield from _of_one_bucket(held.slice(start, stop - start), size)
+        start = int(ends[-1]) if len(ends) else 0
+        whole = (held.num_rows - start) // size * size
+        yield from _of_one_bucket(held.slice(start, whole), size)
+        held = held.slice(start + whole)
+    if held is not None:
+        yield from _of_one_bucket(held, size)
 
 
-def _by_source(rows: pa.Table) -> pa.Table:
-    """Rows in the order of their sources' names, within each as they were."""
-    names = rows.column(Column.SOURCE)
-    return pa.concat_tables(rows.filter(pc.equal(names, name)) for name in sorted(pc.unique(names).to_pylist()))
+def _in_order(crops: Iterable[pa.Table], buckets: Sequence[Size], sources: pa.Array, work: Work) -> Iterator[pa.Table]:
+    """The same rows in order: those of a bucket and source together, by their images' keys and the crops' numbers."""
+    runs: Runs | None = None
+    if len(buckets) * len(sources) >= 1 << 64 - int(KEY_BITS):
+        raise ValueError(f"{len(buckets)} buckets of {len(sources)} sources are more than can be told apart")
+    known = np.array([height << 32 | width for height, width in buckets], np.int64)
+    for rows in crops:
+        runs = runs or work.runs(rows.schema)
+        of_source = pc.index_in(rows.column(Column.SOURCE), value_set=sources).to_numpy()
+        rank = np.searchsorted(known, _bucket_codes(rows)) * len(sources) + of_source
+        runs.add(rank.astype(np.uint64) << KEY_BITS | codes_of(rows.column(ORDER)) >> (np.uint64(64) - KEY_BITS), rows)
+    if runs is None:
+        return
+    for (part,) in parts(runs):
+        rank = pa.array(part.column(CODE).to_numpy() >> KEY_BITS)
+        keys = [(name, "ascending") for name in (CODE, ORDER, Column.CROP)]
+        ranked = part.set_column(part.schema.get_field_index(CODE), CODE, rank)
+        yield part.take(pc.sort_indices(ranked, sort_keys=keys)).drop_columns([CODE, ORDER])
+
+
+def _of_one_bucket(rows: pa.Table, size: int) -> Iterator[pa.Table]:
+    for start in range(0, rows.num_rows, size):
+        height, width = rows.column(Column.BUCKET)[start].as_py()
+        yield pa.concat_tables(_units(rows.slice(start, size), f"{height}x{width}"))
 
 
 def _units(block: pa.Table, folder: str) -> list[pa.Table]:
     names = block.column(Column.SOURCE)
-    parts = [block.filter(pc.equal(names, name)) for name in pc.unique(names)]
-    return [unit for part in parts for unit in cut(part, part.num_rows, folder)]
+    parts_of_sources = [block.filter(pc.equal(names, name)) for name in pc.unique(names)]
+    return [unit for part in parts_of_sources for unit in cut(part, part.num_rows, folder)]
+
+
+def _bucket_codes(rows: pa.Table) -> np.ndarray:
+    """The bucket of each row as a number, in the order of (height, width)."""
+    pairs = pair_array(rows, Column.BUCKET).astype(np.int64)
+    return pairs[:, 0] << 32 | pairs[:, 1]

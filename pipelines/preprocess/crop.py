@@ -20,14 +20,16 @@ from pipelines.preprocess.quarantine import decoding
 from pipelines.preprocess.write import FAILURE, timed
 from pipelines.schema import PAIR, Column, row_digests
 
+ORDER = "order"  # the key of a crop's image, until crops are in blocks
 PIXELS = "pixels"  # uint8 [height, width, 3] of the bucket, as fixed-size bytes
 
 
 def rows_of_crops(kept: pa.Table, crops: int) -> pa.Table:
-    """A row for each crop of each kept image, side by side, with its number and a key of its own.
+    """A row for each crop of each kept image, side by side, with its number, a key of its own, and ORDER.
 
     The first crop has its image's key, so that more crops leave those that there are as they are.
     """
+    kept = kept.append_column(ORDER, kept.column(Column.KEY))
     numbers = pa.chunked_array([np.tile(np.arange(crops, dtype=np.int32), kept.num_rows)])
     if crops == 1:
         return kept.append_column(Column.CROP, numbers)

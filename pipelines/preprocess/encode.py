@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -130,17 +130,18 @@ class Encoder:
         return {Column.TOKENS: torch.stack([tokens.clip_l, tokens.bigg], dim=1).numpy().astype(np.uint16)}
 
 
-def check_text_fits(blocks: Sequence[pa.Table], text: TextConfig) -> None:
-    """Raise ValueError where the text of a file's captions does not fit one page, in which loaders look for it."""
+def checked(blocks: Iterable[pa.Table], text: TextConfig) -> Iterator[pa.Table]:
+    """The same blocks. Raises ValueError at one with captions whose text does not fit one page, in which loaders look
+    for it."""
     of_caption = 2 * CONTEXT_LENGTH * text.context_dim
-    counts = [len(out_of_lists(block.column(Column.CAPTIONS))[0]) for block in blocks]
-    most = max(counts, default=0)
-    if most * of_caption > PAGE_BYTES:
-        rows = blocks[counts.index(most)].num_rows
-        raise ValueError(
-            f"encode.rows_per_file: {rows} images with {most} captions of {of_caption} bytes do not fit a file's page "
-            f"of {PAGE_BYTES}; set it to {max(1, rows * PAGE_BYTES // (most * of_caption))} or less"
-        )
+    for block in blocks:
+        count, rows = len(out_of_lists(block.column(Column.CAPTIONS))[0]), block.num_rows
+        if count * of_caption > PAGE_BYTES:
+            raise ValueError(
+                f"encode.rows_per_file: {rows} images with {count} captions of {of_caption} bytes do not fit a file's "
+                f"page of {PAGE_BYTES}; set it to {max(1, rows * PAGE_BYTES // (count * of_caption))} or less"
+            )
+        yield block
 
 
 @torch.no_grad()

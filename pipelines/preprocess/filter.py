@@ -1,7 +1,8 @@
-"""Decide what is kept: a pure function of the measured facts of all rows and the filter settings.
+"""Decide what is kept: pure functions of the measured facts of rows and the filter settings.
 
 Nothing here reads an image. What could not be measured (unreadable, claimed too many pixels, killed its decoder) is a
-fact and stands; every other verdict is decided again at each commit, so a changed threshold costs no pixels.
+fact and stands; every other verdict is decided again at each commit, so a changed threshold costs no pixels. Of rows
+more than fit memory: preprocess/verdicts.py.
 """
 
 from __future__ import annotations
@@ -26,17 +27,13 @@ SAME_BYTES, NEAR = "the same bytes as ", f" of {HASH_BITS} bits from "  # a deta
 Filter = Callable[[pa.Table, FilterConfig], Verdict]
 
 
-def decide(index: pa.Table, config: FilterConfig) -> pa.Table:
-    """Index rows with the verdict on each and on its captions, whatever was decided before.
-
-    Every row of a key must be there once. It depends on the set of rows and the settings alone, not on the order of
-    rows or on earlier verdicts.
-    """
+def judge(index: pa.Table, config: FilterConfig) -> pa.Table:
+    """Index rows with the verdict on each and on its captions, whatever was decided before, as far as it follows from
+    the row alone. Whether it is the duplicate of another is for `mark_duplicates` and `mark_near_duplicates` to say."""
     reasons, details = index.column(Column.REJECT_REASON), index.column(Column.REJECT_DETAIL)
     measured = pc.is_in(reasons, value_set=pa.array(MEASURED, pa.string()))
     cleared = _with_verdicts(index, _where(measured, reasons), _where(measured, details))
-    judged = apply_filters(drop_captions(cleared, config), config)
-    return mark_near_duplicates(mark_duplicates(judged), config)
+    return apply_filters(drop_captions(cleared, config), config)
 
 
 def apply_filters(index: pa.Table, config: FilterConfig) -> pa.Table:
@@ -181,7 +178,7 @@ def _first_score(
 
 
 def mark_duplicates(rows: pa.Table) -> pa.Table:
-    """The verdict on exact duplicates, over all rows of an index: of equal ids the smallest (source, path) is kept.
+    """The verdict on exact duplicates: of equal ids the smallest (source, path) is kept. All rows of an id are there.
 
     Takes and returns columns id, source, path, reject_reason, reject_detail, in the same order. It depends on the set
     of rows alone, not on the order in which they were found: a row that was a duplicate before is judged again.

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,38 +18,31 @@ from pipelines import networks
 from pipelines.config import CropConfig, SourceConfig, StageResources, TextWeightsConfig, WeightsConfig
 from pipelines.lease import Lease
 from pipelines.originals import Originals
-from pipelines.preprocess.alert import Change, change_of, judge
+from pipelines.preprocess.alert import Change, judge
 from pipelines.preprocess.bucket import assign_buckets, blocks_by_bucket, bucket_table
-from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig, FilterConfig, ScoringConfig
-from pipelines.preprocess.crop import crop_images, rows_of_crops
-from pipelines.preprocess.encode import Encoder, check_text_fits
-from pipelines.preprocess.filter import MEASURED, caption_counts, decide
+from pipelines.preprocess.config import (
+    AlertConfig,
+    BucketConfig,
+    DriverConfig,
+    EncodeConfig,
+    FilterConfig,
+    ScoringConfig,
+)
+from pipelines.preprocess.crop import crop_images
+from pipelines.preprocess.encode import Encoder, checked
+from pipelines.preprocess.filter import MEASURED
+from pipelines.preprocess.kept import Kept
 from pipelines.preprocess.measure import measure
-from pipelines.preprocess.sources.listing import (
-    ERROR,
-    NUMBER,
-    forget_listings,
-    list_inputs,
-    unlisted,
-    write_listings,
-)
+from pipelines.preprocess.plan import Plan, planned, read_units, remove_plans
+from pipelines.preprocess.runs import Work
+from pipelines.preprocess.sources.listing import ERROR, NUMBER, Inputs, forget_listings, unlisted, write_listings
 from pipelines.preprocess.sources.survey import Container, survey
-from pipelines.preprocess.write import (
-    AMENDED,
-    FAILURE,
-    collect_garbage,
-    cut,
-    keys_of,
-    missing,
-    rows_of,
-    select,
-    stored,
-    write_units,
-)
+from pipelines.preprocess.stored import Stored, Wanted, select, stored, want
+from pipelines.preprocess.verdicts import Scores, decide_all
+from pipelines.preprocess.write import FAILURE, collect_garbage, cut_all, write_units
 from pipelines.progress import progress
 from pipelines.schema import (
     COMPUTED,
-    INDEX_SCHEMA,
     MANIFEST,
     SCHEMA_VERSION,
     Column,
@@ -56,31 +50,13 @@ from pipelines.schema import (
     Manifest,
     data_files,
     digest,
-    kept_rows,
     read_manifest,
     require_manifest,
-    with_computed,
     write_manifest,
 )
 from pipelines.stages import actors, attempt, dataset_of, tasks
 from pipelines.storage import Storage
 
-JUDGED = [  # what verdicts follow from
-    Column.KEY,
-    Column.ID,
-    Column.SOURCE,
-    Column.PATH,
-    Column.CAPTIONS,
-    Column.CAPTION_REASONS,
-    Column.ORIGINAL_SIZE,
-    Column.AESTHETIC_SCORE,
-    Column.SCORES,
-    Column.DISTINCT_PIXELS,
-    Column.CONTRAST,
-    Column.PERCEPTUAL_HASH,
-    Column.REJECT_REASON,
-    Column.REJECT_DETAIL,
-]
 SHOWN_ERRORS = 10  # containers whose columns are wrong, most often all alike
 INDEX_COMPRESSION, LATENTS_COMPRESSION = "zstd", "none"  # loaders read single rows of latents in place
 
@@ -124,6 +100,7 @@ def build_index(
     alerts: AlertConfig,
     begin: Callable[[], object],
     scoring: ScoringConfig | None = None,
+    driver: DriverConfig | None = None,
 ) -> Outcome:
     """Bring the index up to date with its sources: one row for every input, kept or with its reason.
 
@@ -132,6 +109,7 @@ def build_index(
     """
     dataset = held.dataset
     dataset.remove_incomplete()
+    remove_plans(dataset)
     table = bucket_table(buckets)
     fingerprint = {
         "schema": SCHEMA_VERSION,
@@ -143,38 +121,43 @@ def build_index(
     if containers := unlisted(surveys, dataset):
         begin()
         _list_containers(containers, dataset, resources)
-    inputs = list_inputs(surveys, dataset.options, lambda container: dataset.read_table(container.listing))
-    new = missing(inputs, stored(dataset, folder))
-    units = cut(new, rows_per_file)
-    told = Told()
-    if units:
-        begin()
+    work = Work(driver or DriverConfig())
+    inputs = Inputs(surveys, dataset, work.keep)
+    wanted = want(inputs.keys(), work)
+    have, told = stored(dataset, folder, wanted, work), Told()
+    if done := have.missing:
         originals = Originals(sources, dataset.options)
-        stages = (
-            dataset_of(units)
-            .map_batches(partial(measure, originals=originals, filters=filters, attempt=attempt), **tasks(resources))
-            .map_batches(partial(assign_buckets, table=table), **tasks(resources))
-            .map_batches(
-                partial(write_units, dataset=dataset, folder=folder, compression=INDEX_COMPRESSION), **tasks(resources)
+
+        def stages(units: Dataset) -> Dataset:
+            measuring = partial(measure, originals=originals, filters=filters, attempt=attempt)
+            writing = partial(write_units, dataset=dataset, folder=folder, compression=INDEX_COMPRESSION)
+            return (
+                units.map_batches(measuring, **tasks(resources))
+                .map_batches(partial(assign_buckets, table=table), **tasks(resources))
+                .map_batches(writing, **tasks(resources))
             )
-        )
-        told = _run(stages, "index", new.num_rows)
-    wanted, done = inputs.column(Column.KEY), new.num_rows
-    del inputs, new, units  # the keys are enough from here on, and the rest takes much memory
+
+        with planned(cut_all(inputs.rows(~have.there), rows_per_file), held) as plan:
+            begin()
+            told = _run(plan, stages, "index", dataset, resources)
+        have = stored(dataset, folder, wanted, work)
     facts: dict[str, str] = {}
+    scores: Stored | None = None
     if scoring is not None:
-        facts[COMPUTED] = _score(
+        facts[COMPUTED], scores = _score(
             scoring,
             wanted,
+            have,
             told,
-            dataset=dataset,
-            folder=folder,
+            held=held,
             originals=Originals(sources, dataset.options),
             max_pixels=filters.max_pixels,
             resources=resources,
             begin=begin,
         )
-    manifest, change, look = _commit_index(held, folder, wanted, fingerprint, facts, filters=filters, alerts=alerts)
+    manifest, change, look = _commit_index(
+        held, folder, have, scores, fingerprint=fingerprint, facts=facts, filters=filters, alerts=alerts
+    )
     forget_listings(surveys, dataset)
     return Outcome(manifest=manifest, done=done, told=told, change=change, look=look)
 
@@ -191,6 +174,7 @@ def build_latents(
     held: Lease,
     resources: StageResources,
     begin: Callable[[], object],
+    driver: DriverConfig | None = None,
 ) -> Outcome:
     """Bring the latents up to date with the index: a row for every crop of every kept image, by bucket.
 
@@ -198,6 +182,7 @@ def build_latents(
     """
     dataset = held.dataset
     dataset.remove_incomplete()
+    remove_plans(dataset)
     index_manifest = require_manifest(index, "index")
     made_by = networks.fingerprint(vae, text, dataset.options) | {
         "schema": SCHEMA_VERSION,
@@ -207,45 +192,51 @@ def build_latents(
         "stored_text": encode.text,
     }
     folder = _folder(made_by)
-    kept = rows_of_crops(kept_rows(index, index_manifest), encode.crops)
-    originals = Originals(sources, dataset.options)
-    originals.check(kept)
-    rows = missing(kept, stored(dataset, folder))
-    blocks = blocks_by_bucket(rows, encode.rows_per_file)
-    if encode.text == "embeddings":
-        check_text_fits(blocks, networks.text_config(text))
+    originals, work = Originals(sources, dataset.options), Work(driver or DriverConfig())
+    kept = Kept(index, index_manifest, encode.crops, originals, work)
+    wanted = want(kept.keys(), work)
+    have = stored(dataset, folder, wanted, work)
     told = Told()
-    if blocks:
-        begin()
-        stages = (
-            dataset_of(blocks)
-            .map_batches(
-                partial(crop_images, originals=originals, crop=crop, max_pixels=max_pixels, attempt=attempt),
-                **tasks(resources),
+    if missing := have.missing:
+        text_config = networks.text_config(text)
+
+        def stages(units: Dataset) -> Dataset:
+            cropping = partial(crop_images, originals=originals, crop=crop, max_pixels=max_pixels, attempt=attempt)
+            encoder = (vae, text, encode, dataset.options)
+            writing = partial(write_units, dataset=dataset, folder=folder, compression=LATENTS_COMPRESSION)
+            return (
+                units.map_batches(cropping, **tasks(resources))
+                .map_batches(Encoder, fn_constructor_args=encoder, **actors(encode.resources))
+                .map_batches(writing, **tasks(resources))
             )
-            .map_batches(Encoder, fn_constructor_args=(vae, text, encode, dataset.options), **actors(encode.resources))
-            .map_batches(
-                partial(write_units, dataset=dataset, folder=folder, compression=LATENTS_COMPRESSION),
-                **tasks(resources),
-            )
+
+        blocks = blocks_by_bucket(
+            kept.rows(~have.there),
+            encode.rows_per_file,
+            buckets=index_manifest.fingerprint["buckets"],
+            sources=[source.name for source in sources],
+            work=work,
         )
-        told = _run(stages, "latents", rows.num_rows)
+        with planned(checked(blocks, text_config) if encode.text == "embeddings" else blocks, held) as plan:
+            begin()
+            told = _run(plan, stages, "latents", dataset, resources)
+        have = stored(dataset, folder, wanted, work)
     facts = {
         "vae": asdict(networks.vae(vae, dataset.options).config),
         "text": asdict(networks.text_config(text)),
-        "without_aesthetic_score": kept.column(Column.AESTHETIC_SCORE).null_count,
+        "without_aesthetic_score": kept.without_score,
     }
     manifest = _commit_latents(
         held=held,
         folder=folder,
-        kept=kept,
+        have=have,
         made_by=made_by,
         facts=facts,
         parents={"index": index_manifest.digest},
         failures=told.failures,
-        weights={source.name: source.weight for source in sources},
+        weights=kept.weights,
     )
-    return Outcome(manifest=manifest, done=rows.num_rows - len(told.failures), told=told)
+    return Outcome(manifest=manifest, done=missing - len(told.failures), told=told)
 
 
 def _list_containers(containers: Sequence[Container], dataset: Storage, resources: StageResources) -> None:
@@ -263,38 +254,40 @@ def _list_containers(containers: Sequence[Container], dataset: Storage, resource
 
 def _score(
     scoring: ScoringConfig,
-    wanted: pa.ChunkedArray,
+    wanted: Wanted,
+    have: Stored,
     told: Told,
     *,
-    dataset: Storage,
-    folder: str,
+    held: Lease,
     originals: Originals,
     max_pixels: int,
     resources: StageResources,
     begin: Callable[[], object],
-) -> str:
-    """Score the images that these weights have not scored, and add to what tasks told; gives the scores' folder."""
+) -> tuple[str, Stored]:
+    """Score the images that these weights have not scored, and add to what tasks told; gives the scores' folder, and
+    what is stored there."""
     from pipelines.preprocess.score import ASKED, Scorer, fingerprint
 
-    scores = f"scores/{digest(fingerprint(scoring, dataset.options))[:12]}"
-    known = keys_of(stored(dataset, scores))
-    unscored = wanted.filter(pc.invert(pc.is_in(wanted, value_set=known)))
-    rows = rows_of(dataset, stored(dataset, folder), unscored, ASKED)
-    unread = pc.is_in(rows.column(Column.REJECT_REASON), value_set=pa.array(MEASURED, pa.string()))
-    rows = rows.filter(pc.invert(unread))
-    if not rows.num_rows:
-        return scores
-    begin()
-    scorer = (scoring, originals, max_pixels, dataset.options)
-    stages = (
-        dataset_of(cut(rows, scoring.rows_per_file))
-        .map_batches(Scorer, fn_constructor_args=scorer, **actors(scoring.resources))
-        .map_batches(
-            partial(write_units, dataset=dataset, folder=scores, compression=INDEX_COMPRESSION), **tasks(resources)
+    dataset = have.dataset
+    folder = f"scores/{digest(fingerprint(scoring, dataset.options))[:12]}"
+    scores = stored(dataset, folder, wanted, have.work)
+    unread = pa.array(MEASURED, pa.string())
+    unscored = have.read_wanted(ASKED, ~scores.there)
+    readable = (rows.filter(pc.invert(pc.is_in(rows.column(Column.REJECT_REASON), unread))) for rows in unscored)
+
+    def stages(units: Dataset) -> Dataset:
+        scorer = (scoring, originals, max_pixels, dataset.options)
+        writing = partial(write_units, dataset=dataset, folder=folder, compression=INDEX_COMPRESSION)
+        return units.map_batches(Scorer, fn_constructor_args=scorer, **actors(scoring.resources)).map_batches(
+            writing, **tasks(resources)
         )
-    )
-    _run(stages, "scores", rows.num_rows, told)
-    return scores
+
+    with planned(cut_all(readable, scoring.rows_per_file), held) as plan:
+        if not plan.rows:
+            return folder, scores
+        begin()
+        _run(plan, stages, "scores", dataset, resources, told=told)
+    return folder, stored(dataset, folder, wanted, have.work)
 
 
 def _folder(fingerprint: Mapping[str, Any]) -> str:
@@ -302,18 +295,29 @@ def _folder(fingerprint: Mapping[str, Any]) -> str:
     return f"data/{digest(fingerprint)[:12]}"
 
 
-def _run(stages: Dataset, label: str, rows: int, told: Told | None = None) -> Told:
-    """Run the stages to their end; what their tasks tell is added to `told`."""
+def _run(
+    plan: Plan,
+    stages: Callable[[Dataset], Dataset],
+    label: str,
+    dataset: Storage,
+    resources: StageResources,
+    *,
+    told: Told | None = None,
+) -> Told:
+    """Run all units of a plan through the stages; what their tasks tell is added to `told`."""
     told, done = told or Told(), 0
-    with progress(label, rows) as bar:
-        for unit in stages.iter_rows():
+    read = partial(read_units, dataset=dataset)
+    with progress(label, plan.rows) as bar:
+        for unit in chain.from_iterable(
+            stages(dataset_of(tickets).map_batches(read, **tasks(resources))).iter_rows() for tickets in plan.waves()
+        ):
             told.seconds.update(dict(unit["seconds"]))
             told.counts.update(dict(unit["counts"]))
             told.failures.update((_failed_name(row), row[FAILURE]) for row in unit["failures"])
             bar.update(unit["rows"] + len(unit["failures"]))
         done = bar.n
-    if done != rows:
-        raise RuntimeError(f"{label}: {rows} rows went in and {done} came out")
+    if done != plan.rows:
+        raise RuntimeError(f"{label}: {plan.rows} rows went in and {done} came out")
     return told
 
 
@@ -325,46 +329,33 @@ def _failed_name(row: Mapping[str, Any]) -> str:
 def _commit_index(
     held: Lease,
     folder: str,
-    wanted: pa.ChunkedArray,
+    have: Stored,
+    scores: Stored | None,
+    *,
     fingerprint: Mapping[str, Any],
     facts: Mapping[str, str],
-    *,
     filters: FilterConfig,
     alerts: AlertConfig,
 ) -> tuple[Manifest, Change, str | None]:
-    """Make exactly the inputs with the `wanted` keys the index, every verdict decided over all of them."""
+    """Make exactly the wanted inputs the index, every verdict decided over all of them."""
     dataset = held.dataset
-    have = stored(dataset, folder)
-    rows = rows_of(dataset, have, wanted, JUDGED)
-    if COMPUTED in facts:
-        rows = with_computed(rows, dataset, facts[COMPUTED])
-    verdicts = decide(rows, filters)
-    reasons = verdicts.column(Column.REJECT_REASON)
     before = read_manifest(dataset, "index")
     committed = {file.name for file in data_files(dataset, before)} if before else set()
-    known = keys_of(file for file in have if file.name in committed)
-    change = change_of(before, known, verdicts)
+    computed = None if scores is None else Scores(scores)
+    verdicts = decide_all(have, filters, computed, committed)
+    change = verdicts.change(before.counts.get("kept", 0) if before else 0)
     look = judge(change, alerts)
-    decisions = verdicts.select(AMENDED).combine_chunks()
-
-    def decided(rows: pa.Table, places: np.ndarray) -> pa.Table | None:
-        judged = rows
-        for name, new in zip(decisions.column_names, decisions.take(pa.array(places)).columns, strict=True):
-            judged = judged.set_column(rows.schema.get_field_index(name), INDEX_SCHEMA.field(name), new)
-        return None if judged.equals(rows) else judged
-
-    files = select(dataset, have, verdicts.column(Column.KEY), decided, INDEX_COMPRESSION)
-    counts = {row["values"] or "kept": row["counts"] for row in pc.value_counts(reasons).to_pylist()}
+    files = select(have, None, verdicts, INDEX_COMPRESSION)
     manifest = _commit(
         held,
         folder,
         [DataFile(name=name, rows=rows) for name, rows in files],
-        expected=pc.count_distinct(wanted).as_py(),
+        expected=have.distinct,
         kind="index",
-        counts=dict(sorted(counts.items())),
+        counts=dict(sorted(verdicts.reasons.items())),
         fingerprint=fingerprint,
         parents={},
-        facts={**facts, "captions": caption_counts(verdicts)},
+        facts={**facts, "captions": dict(sorted(verdicts.captions.items()))},
     )
     return manifest, change, look
 
@@ -373,20 +364,17 @@ def _commit_latents(
     *,
     held: Lease,
     folder: str,
-    kept: pa.Table,
+    have: Stored,
     made_by: Mapping[str, Any],
     facts: Mapping[str, Any],
     parents: Mapping[str, str],
     failures: Mapping[str, str],
-    weights: Mapping[str, float],
+    weights: np.ndarray,
 ) -> Manifest:
-    """Make exactly the kept rows the dataset, less those that failed. A file has rows of one weight."""
-    dataset = held.dataset
-    have, files = stored(dataset, folder), []
-    for weight in sorted(set(weights.values())):
-        named = pa.array([name for name, given in weights.items() if given == weight], pa.string())
-        rows = kept.filter(pc.is_in(kept.column(Column.SOURCE), value_set=named))
-        for name, count in select(dataset, have, rows.column(Column.KEY), None, LATENTS_COMPRESSION):
+    """Make exactly the wanted rows the dataset, less those that failed. A file has rows of one of the `weights`."""
+    files = []
+    for weight in np.unique(weights).tolist():
+        for name, count in select(have, weights == weight, None, LATENTS_COMPRESSION):
             files.append(DataFile(name=name, rows=count, bucket=_bucket_of(name), weight=weight))
     counts: Counter[str] = Counter()
     for file in files:
@@ -395,7 +383,7 @@ def _commit_latents(
         held,
         folder,
         files,
-        expected=kept.num_rows - len(failures),
+        expected=have.distinct - len(failures),
         kind="latents",
         counts=dict(sorted(counts.items())),
         fingerprint=made_by,

@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from pipelines.config import Size
 from pipelines.preprocess.bucket import blocks_by_bucket, bucket_table, nearest
-from pipelines.preprocess.config import BucketConfig, EncodeConfig
+from pipelines.preprocess.config import BucketConfig, DriverConfig, EncodeConfig
+from pipelines.preprocess.runs import Work
 from pipelines.schema import DataFile, pair_column
 from pipelines.train.config import BatchConfig
 from pipelines.train.plan import Plan
@@ -86,12 +87,16 @@ def test_places_filled_in_passes_of_the_vae() -> None:
         buckets = [nearest(size, table) for size in mixed_sizes(rows)]
         sources = np.random.Generator(np.random.PCG64(1)).choice(list("abcd"), rows, p=[0.4, 0.3, 0.2, 0.1])
         keys = [f"{number:06}" for number in range(rows)]
-        index = pa.table({"key": keys, "source": sources, "bucket": pair_column(buckets)})
-        ours = blocks_by_bucket(index, config.rows_per_file)
+        named = {"key": keys, "order": keys, "crop": [0] * rows, "source": sources}
+        index = pa.table(named | {"bucket": pair_column(buckets)})
+
+        def blocks_of(some: pa.Table) -> list[pa.Table]:
+            told = {"buckets": table, "sources": "abcd", "work": Work(DriverConfig())}
+            return list(blocks_by_bucket([some], config.rows_per_file, **told))
+
+        ours = blocks_of(index)
         assert sum(block.num_rows for block in ours) == rows
-        by_source = [
-            block for name in "abcd" for block in blocks_by_bucket(index.filter(sources == name), config.rows_per_file)
-        ]
+        by_source = [block for name in "abcd" for block in blocks_of(index.filter(sources == name))]
         filled, apart = (
             rows / sum(-(-block.num_rows // config.batch) * config.batch for block in blocks)
             for blocks in (ours, by_source)

@@ -63,12 +63,12 @@ def test_the_index_through_ray(cluster, tmp_path: Path) -> None:
         (images / f"{number}.jpg").write_bytes(photograph(896, 1152, number))
     source = SourceConfig(path=str(images))
     begun = time.perf_counter()
-    warm = list_inputs([survey(source, StorageOptions())], StorageOptions())
+    warm = pa.concat_tables(list_inputs([survey(source, StorageOptions())], StorageOptions()))
     measure(warm, Originals([source], StorageOptions()), FilterConfig())
     each = (time.perf_counter() - begun) / DISTINCT  # threads of one process; several processes share the cores
     for number in range(DISTINCT, int(SECONDS / each)):
         os.link(images / f"{number % DISTINCT}.jpg", images / f"{number}.jpg")
-    units = cut(list_inputs([survey(source, StorageOptions())], StorageOptions()), UNIT_ROWS)
+    units = cut(pa.concat_tables(list_inputs([survey(source, StorageOptions())], StorageOptions())), UNIT_ROWS)
     count = sum(unit.num_rows for unit in units)
     sides = {name: Storage(str(tmp_path / name)) for name in ("pool", "ray")}
 

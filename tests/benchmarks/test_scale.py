@@ -2,8 +2,9 @@
 
 Each size runs in a process of its own (this file, as a program). Rows are made up, and written by the project's own
 writer as a run would have left them; images are named and never opened. Peaks of memory are above what the process has
-once all is imported; a step's also holds what the allocator keeps of the steps before it. Where it says read, a row is
-as large as a test's: bytes and requests of full rows are the business of test_loaders.py.
+once all is imported; a step's also holds what the allocator keeps of the steps before it. Beside all that is resident
+anonymous memory is told, looked at every few milliseconds: files that are mapped are the kernel's to drop. Where it
+says read, a row is as large as a test's: bytes and requests of full rows are the business of test_loaders.py.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ import pyarrow as pa
 import pytest
 
 SIZES = (100_000, 1_000_000)  # rows of the index, and of the latents that are planned
+SMALL_FILES = (20_000, 200_000)  # images of a folder, each with a text file
 LOADED = (10_000, 100_000)  # rows of the latents that a loader reads from
+DUPLICATES = 0.3  # share of rows with the content of another
 TABLES, INDEX_FILE_ROWS, LATENTS_FILE_ROWS = 100, 1024, 64
 STEPS, GLOBAL_SIZE = 200, 64
 TENSORS = {"latent_mean": (4, 2, 2), "latent_std": (4, 2, 2), "context": (2, 4), "pooled": (4,)}  # small: rows count
@@ -42,6 +47,13 @@ def test_a_loaders_worker(rows: int, tmp_path: Path) -> None:
     show(f"worker, {rows:,} rows", rows, run("worker", rows, tmp_path))
 
 
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("images", SMALL_FILES)
+def test_many_small_files(images: int, tmp_path: Path) -> None:
+    run("make_files", images, tmp_path)
+    show(f"driver, a folder of {images:,} images with their captions", images, run("files", images, tmp_path))
+
+
 def run(part: str, rows: int, folder: Path) -> list[dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.test_scale", part, str(rows), str(folder)],
@@ -54,10 +66,10 @@ def run(part: str, rows: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def show(title: str, rows: int, steps: list[dict[str, Any]]) -> None:
-    print(f"\n{title:<52}{'seconds':>9}{'CPU':>9}{'peak MiB':>10}{'bytes/row':>11}")
+    print(f"\n{title:<52}{'seconds':>9}{'CPU':>9}{'peak MiB':>10}{'anonymous':>11}{'bytes/row':>11}")
     for step in steps:
-        peak = step["peak"] / 2**20
-        figures = f"{step['wall']:9.2f}{step['cpu']:9.2f}{peak:10.1f}{step['peak'] / rows:11.0f}"
+        peak, own = step["peak"] / 2**20, step["anonymous"] / 2**20
+        figures = f"{step['wall']:9.2f}{step['cpu']:9.2f}{peak:10.1f}{own:11.1f}{step['peak'] / rows:11.0f}"
         print(f"  {step['name']:<50}{figures}  {step['note']}")
 
 
@@ -71,17 +83,36 @@ class Steps:
     """Measures one step after another."""
 
     def __init__(self) -> None:
-        self.base = memory("VmRSS")
+        self.base, self.own = memory("VmRSS"), memory("RssAnon")
         self.found: list[dict[str, Any]] = []
 
     def __call__(self, name: str, work: Callable[[], Any], note: Callable[[Any], str] = lambda _: "") -> Any:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = work()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        step = {"name": name, "wall": wall, "cpu": cpu, "peak": memory("VmHWM") - self.base, "note": note(result)}
-        self.found.append(step)
+        with watched() as seen:
+            wall, cpu = time.perf_counter(), time.process_time()
+            result = work()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        peaks = {"peak": memory("VmHWM") - self.base, "anonymous": max(seen) - self.own}
+        self.found.append({"name": name, "wall": wall, "cpu": cpu, "note": note(result), **peaks})
         return result
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """Anonymous memory of this process, over and over until the block ends; the kernel keeps no peak of it."""
+    seen, over = [memory("RssAnon")], threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.005):
+            seen.append(memory("RssAnon"))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
 
 
 def setting(folder: Path) -> dict[str, Any]:
@@ -106,7 +137,7 @@ def make_driver(rows: int, folder: Path) -> None:
 
     from pipelines.captions import in_lists
     from pipelines.preprocess.bucket import assign_buckets, bucket_table
-    from pipelines.preprocess.sources.listing import list_container, list_inputs
+    from pipelines.preprocess.sources.listing import NUMBER, list_inputs, write_listings
     from pipelines.preprocess.sources.survey import survey
     from pipelines.preprocess.write import cut, write_units
     from pipelines.schema import INDEX_SCHEMA, Column
@@ -120,14 +151,14 @@ def make_driver(rows: int, folder: Path) -> None:
         pq.write_table(pa.table({"image": names, "caption": captions}), folder / "source" / f"{number:05d}.parquet")
     index, told = Storage(str(folder / "index")), setting(folder)
     surveys = [survey(source, StorageOptions()) for source in told["sources"]]
-    for container in surveys[0].containers:
-        index.write_table(container.listing, list_container(container, StorageOptions()), compression="zstd")
-    inputs = list_inputs(surveys, StorageOptions(), lambda container: index.read_table(container.listing))
+    write_listings(pa.table({NUMBER: range(TABLES)}), surveys[0].containers, index)
+    inputs = pa.concat_tables(list_inputs(surveys, StorageOptions()))
     draws = np.random.Generator(np.random.PCG64(0))
     sides = np.exp(draws.normal(np.log(900), 0.3, (rows, 2))).astype(np.int32)
+    contents = np.where(draws.random(rows) < DUPLICATES, draws.integers(0, rows, rows), np.arange(rows))
     made: dict[str, pa.Array | pa.ChunkedArray] = {name: inputs.column(name) for name in inputs.column_names}
     made |= {
-        Column.ID: inputs.column(Column.KEY),
+        Column.ID: inputs.column(Column.KEY).take(pa.array(contents)),
         Column.CAPTION_REASONS: in_lists(rows, np.arange(rows), pa.nulls(rows, pa.string())),
         Column.ORIGINAL_SIZE: pa.array(list(sides), INDEX_SCHEMA.field(Column.ORIGINAL_SIZE).type),
         Column.FILE_SIZE: pa.array(draws.integers(10_000, 900_000, rows)),
@@ -160,8 +191,8 @@ def driver(rows: int, folder: Path) -> list[dict[str, Any]]:
     manifest = step("the index job: first commit", build, lambda made: f"{made.counts['kept']:,} kept")
     step("the index job: nothing is new", build)
     step("the index job: another threshold", lambda: build(min_side=500), lambda made: f"{made.counts['kept']:,} kept")
+    planning(step, index, manifest, told["sources"])
     step("the index job: near-duplicates", lambda: build(near_duplicate_bits=3), lambda made: str(dict(made.counts)))
-    planning(step, index, manifest)
     return step.found
 
 
@@ -179,40 +210,84 @@ def images(rows: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def listing(step: Steps, index: Any, told: dict[str, Any]) -> None:
-    from pipelines.preprocess.sources.listing import list_inputs
+    from pipelines.preprocess.config import DriverConfig
+    from pipelines.preprocess.runs import Work
+    from pipelines.preprocess.sources.listing import Inputs
     from pipelines.preprocess.sources.survey import survey
-    from pipelines.preprocess.write import missing, stored
+    from pipelines.preprocess.stored import stored, want
     from pipelines.storage import StorageOptions
 
+    work = Work(DriverConfig())
     surveys = step("survey the source", lambda: [survey(source, StorageOptions()) for source in told["sources"]])
-    inputs = step(
-        "list inputs, with their keys",
-        lambda: list_inputs(surveys, StorageOptions(), lambda container: index.read_table(container.listing)),
-        lambda found: f"{found.num_rows:,}",
+    inputs = Inputs(surveys, index, work.keep)
+    wanted = step("list inputs, with their keys", lambda: want(inputs.keys(), work), lambda found: f"{found.count:,}")
+    have = step(
+        "what is stored, and missing",
+        lambda: stored(index, "data/x", wanted, work),
+        lambda found: f"{len(found.names):,} files, {found.missing:,} rows missing",
     )
-    have = step("keys that are stored", lambda: stored(index, "data/x"), lambda found: f"{len(found):,} files")
-    step("what is missing", lambda: missing(inputs, have), lambda new: f"{new.num_rows:,}")
+    everything = np.ones(wanted.count, bool)
+    step(
+        "all inputs, as if they were missing",
+        lambda: sum(rows.num_rows for rows in inputs.rows(everything)),
+        lambda count: f"{count:,}",
+    )
+    assert have.missing == 0
 
 
-def planning(step: Steps, index: Any, manifest: Any) -> None:
+def make_files(images: int, folder: Path) -> None:
+    """Names of images and of their captions, a thousand in a folder, and nothing in them."""
+    for number in range(images):
+        parent = folder / f"images/{number // 1000:04}"
+        if number % 1000 == 0:
+            parent.mkdir(parents=True)
+        for suffix in (".jpg", ".txt"):
+            (parent / f"{number:08}{suffix}").touch()
+
+
+def files(images: int, folder: Path) -> list[dict[str, Any]]:
+    from pipelines.config import SourceConfig
+    from pipelines.preprocess.config import DriverConfig
+    from pipelines.preprocess.runs import Work
+    from pipelines.preprocess.sources.listing import Inputs
+    from pipelines.preprocess.sources.survey import survey
+    from pipelines.preprocess.stored import want
+    from pipelines.storage import Storage, StorageOptions
+
+    step, work, source = Steps(), Work(DriverConfig()), SourceConfig(path=str(folder / "images"))
+    surveys = step("list the folder", lambda: [survey(source, StorageOptions())])
+    inputs = Inputs(surveys, Storage(str(folder / "index")), work.keep)
+    step("list inputs, with their keys", lambda: want(inputs.keys(), work), lambda found: f"{found.count:,}")
+    return step.found
+
+
+def planning(step: Steps, index: Any, manifest: Any, sources: list[Any]) -> None:
+    from pipelines.originals import Originals
     from pipelines.preprocess.bucket import blocks_by_bucket
-    from pipelines.preprocess.crop import rows_of_crops
-    from pipelines.preprocess.write import missing
-    from pipelines.schema import DataFile, kept_rows
+    from pipelines.preprocess.config import DriverConfig
+    from pipelines.preprocess.kept import Kept
+    from pipelines.preprocess.runs import Work
+    from pipelines.preprocess.stored import stored, want
+    from pipelines.schema import DataFile
     from pipelines.train.config import BatchConfig
     from pipelines.train.plan import Plan
 
-    kept = step("kept rows, with the keys of their latents", lambda: kept_rows(index, manifest))
+    work, files = Work(DriverConfig()), []
+    kept = Kept(index, manifest, 1, Originals(sources, index.options), work)
+    wanted = step(
+        "kept rows, with the keys of their latents", lambda: want(kept.keys(), work), lambda w: f"{w.count:,}"
+    )
+    have = stored(index, "data/none", wanted, work)
 
-    def by_bucket() -> list[pa.Table]:
-        return blocks_by_bucket(missing(rows_of_crops(kept, 1), []), LATENTS_FILE_ROWS)
+    def by_bucket() -> int:
+        order = {"buckets": manifest.fingerprint["buckets"], "sources": ["images"], "work": work}
+        for block in blocks_by_bucket(kept.rows(~have.there), LATENTS_FILE_ROWS, **order):
+            name = block.column("unit")[0].as_py()
+            height, width = name.split("/")[0].split("x")
+            files.append(DataFile(name=name, rows=block.num_rows, bucket=(int(height), int(width))))
+        return len(files)
 
-    units = step("the latents job: blocks of one bucket", by_bucket, lambda found: f"{len(found):,} blocks")
-    names = [unit.column("unit")[0].as_py() for unit in units]
-    files = [
-        DataFile(name=name, rows=unit.num_rows, bucket=tuple(map(int, name.split("/")[0].split("x"))))
-        for name, unit in zip(names, units, strict=True)
-    ]
+    step("the latents job: blocks of one bucket", by_bucket, lambda count: f"{count:,} blocks")
     batch = BatchConfig(global_size=2048, micro_size=16)
     plan = step("the batch plan of latents", lambda: Plan(files, batch), lambda made: f"{made.steps_before(1)} steps")
     step("its first 20 steps, and 20 at nine tenths", lambda: first_and_late(plan))
@@ -294,5 +369,5 @@ def worker(rows: int, folder: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    parts = {part.__name__: part for part in (make_driver, driver, images, make_worker, worker)}
+    parts = {part.__name__: part for part in (make_driver, driver, make_files, files, images, make_worker, worker)}
     print(json.dumps(parts[sys.argv[1]](int(sys.argv[2]), Path(sys.argv[3]))))

@@ -1,5 +1,6 @@
 import json
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -62,7 +63,7 @@ def test_a_picture_is_cropped_to_its_ink(rendered):
 
 def test_bad_files_are_there_and_the_index_finds_each(rendered):
     sources, filters = [SourceConfig(path=str(rendered))], FilterConfig()
-    inputs = list_inputs([survey(source, StorageOptions()) for source in sources], StorageOptions())
+    inputs = pa.concat_tables(list_inputs([survey(source, StorageOptions()) for source in sources], StorageOptions()))
     measured = measure(inputs, Originals(sources, StorageOptions()), filters)
     verdicts = mark_duplicates(apply_filters(measured, filters))
     rejected = {row["path"]: row["reject_reason"] for row in verdicts.to_pylist() if row["reject_reason"]}
@@ -85,7 +86,9 @@ def test_the_same_pictures_come_out_anywhere(rendered, tmp_path):
 def test_another_request_renders_that_and_leaves_nothing_of_the_old_one(tmp_path):
     render_images(tmp_path, 6, 48)
     assert render_images(tmp_path, 3, 48) == 6
-    images = list_inputs([survey(SourceConfig(path=str(tmp_path)), StorageOptions())], StorageOptions())
+    images = pa.concat_tables(
+        list_inputs([survey(SourceConfig(path=str(tmp_path)), StorageOptions())], StorageOptions())
+    )
     assert images.num_rows == 6
     assert {row["file_name"] for row in described(tmp_path)} == set(images.column("path").to_pylist())
 

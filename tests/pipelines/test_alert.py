@@ -1,25 +1,13 @@
 """When a new version of the index asks for a person, and when it waits for one."""
 
-import pyarrow as pa
 import pytest
 
-from pipelines.preprocess.alert import Change, HeldError, change_of, judge
+from pipelines.preprocess.alert import Change, HeldError, judge
 from pipelines.preprocess.config import AlertConfig
-from pipelines.schema import Column, Manifest
 
 
 def change(new=0, new_rejected=0, kept_before=100, kept=100):
     return Change(new=new, new_rejected=new_rejected, kept_before=kept_before, kept=kept)
-
-
-def test_a_change_counts_new_inputs_and_their_rejects_and_no_old_ones():
-    verdicts = pa.table(
-        {Column.KEY: ["a", "b", "c", "d"], Column.REJECT_REASON: ["too_small", None, "duplicate", None]}
-    )
-    before = Manifest(kind="index", rows=3, counts={"kept": 3}, fingerprint={}, parents={}, files="")
-    assert change_of(before, pa.array(["a", "b", "gone"]), verdicts) == change(2, 1, 3, 2)
-    assert change_of(None, pa.array([], pa.string()), verdicts) == change(4, 2, 0, 2)
-    assert change_of(None, pa.array([], pa.string()), verdicts.slice(0, 0)) == change(0, 0, 0, 0)
 
 
 def test_by_default_nothing_is_asked_and_nothing_held():

@@ -5,8 +5,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipelines.preprocess import runs
 from pipelines.preprocess.bucket import assign_buckets, blocks_by_bucket, bucket_table, nearest
-from pipelines.preprocess.config import BucketConfig
+from pipelines.preprocess.config import BucketConfig, DriverConfig
+from pipelines.preprocess.runs import Work
 from pipelines.schema import INDEX_SCHEMA, pair_column
 
 WIDE = (  # SDXL Appendix I, height x width, the sizes that are wider than high
@@ -108,12 +110,20 @@ def test_aspects_of_the_table_increase():
     assert aspects == sorted(aspects)
 
 
-def test_blocks_have_one_bucket_and_are_full_whatever_sources_their_rows_are_of():
+def test_blocks_have_one_bucket_and_are_full_whatever_sources_their_rows_are_of(monkeypatch):
     draws, count = np.random.default_rng(0), 500
     sources = draws.choice(["b", "a", "c"], count, p=[0.7, 0.2, 0.1]).tolist()
     buckets = [[64, 64] if wide else [64, 128] for wide in draws.random(count) < 0.3]
     keys = [f"{n:03}" for n in range(count)]
-    blocks = blocks_by_bucket(pa.table({"key": keys, "source": sources, "bucket": pair_column(buckets)}), 16)
+    table = pa.table({"key": keys, "order": keys, "crop": [0] * count, "source": sources})
+    table = table.append_column("bucket", pair_column(buckets)).take(draws.permutation(count))
+    order = {"buckets": [(64, 128), (32, 32), (64, 64)], "sources": "dabc"}
+    tables = [table.slice(start, 70) for start in range(0, count, 70)]
+    blocks = list(blocks_by_bucket(tables, 16, **order, work=Work(DriverConfig())))
+    with monkeypatch.context() as patch:  # every few rows are a run of their own, and a part
+        patch.setattr(runs, "SHARES", 2**16)
+        patch.setattr(runs, "SAMPLED", 2)
+        assert list(blocks_by_bucket(tables, 16, **order, work=Work(DriverConfig()))) == blocks
     seen = []
     for block in blocks:
         rows = block.to_pylist()

@@ -30,7 +30,7 @@ def source(path, kind: str = "auto", name: str = "source", **columns) -> SourceC
 
 
 def inputs(*sources: SourceConfig) -> pa.Table:
-    table = list_inputs([survey(one, OPTIONS) for one in sources], OPTIONS)
+    table = pa.concat_tables(list_inputs([survey(one, OPTIONS) for one in sources], OPTIONS))
     assert table.schema == INPUT_SCHEMA
     keys = table.column("key").to_pylist()
     assert len(set(keys)) == len(keys)
@@ -490,7 +490,7 @@ def test_from_s3_the_same_images_are_found_and_each_is_read_by_its_range(tmp_pat
         bucket.write(str(path.relative_to(tmp_path)), path.read_bytes())
     for name in ("tars", "tables", "saved"):
         local, remote = source(tmp_path / name), source(f"{bucket.uri}/{name}")
-        found, expected = list_inputs([survey(remote, options)], options), inputs(local)
+        found, expected = pa.concat_tables(list_inputs([survey(remote, options)], options)), inputs(local)
         assert found.drop_columns(["key"]).equals(expected.drop_columns(["key"]))  # times differ, and so keys
         originals = Originals([remote], options)
         assert [originals.read(row) for row in found.to_pylist()] == [image for _, _, image in listed(local)]

@@ -16,8 +16,8 @@ from pipelines.images import content_id, crop_pixels, draw_crop
 from pipelines.originals import Originals
 from pipelines.preprocess.config import EncodeConfig
 from pipelines.preprocess.crop import PIXELS, crop_images, rows_of_crops
-from pipelines.preprocess.encode import Encoder, check_text_fits
-from pipelines.preprocess.write import FAILURE, cut, keys_of, stored, write_units
+from pipelines.preprocess.encode import Encoder, checked
+from pipelines.preprocess.write import FAILURE, cut, write_units
 from pipelines.ranges import StorageError
 from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, DataFile, latents_schema, tensor_array, write_manifest
 from pipelines.storage import Storage, StorageOptions
@@ -236,7 +236,7 @@ def test_failed_rows_pass_through_to_the_report(source, encoder, tmp_path, gone)
     assert (report["rows"], len(report["failures"])) == (3 - len(gone), len(gone))
     assert {failure["path"] for failure in report["failures"]} == {f"{number}.png" for number in gone}
     left = [f"k{number}" for number in range(3) if number not in gone]
-    assert keys_of(stored(dataset, "data/x")).to_pylist() == left
+    assert [key for file in dataset.list() for key in dataset.read_table(file.name)["key"].to_pylist()] == left
 
 
 def test_a_written_file_has_the_schema_of_latents(source, encoder, tmp_path):
@@ -288,6 +288,7 @@ def test_an_image_that_overflows_in_float16_is_named_with_the_remedy_and_the_oth
 def test_a_file_whose_text_would_not_fit_a_page_is_refused_before_anything_is_encoded():
     unit = pa.table({"captions": [[str(n) for n in range(5_000)]] * 16})
     tiny = TEXT_PRESETS["tiny"]
-    check_text_fits([unit.slice(0, 14), unit.slice(0, 1)], tiny)
+    fitting = [unit.slice(0, 14), unit.slice(0, 1)]
+    assert list(checked(fitting, tiny)) == fitting
     with pytest.raises(ValueError, match=r"rows_per_file: 16 images with 80000 captions .* set it to 14 or less"):
-        check_text_fits([unit.slice(0, 1), unit], tiny)
+        list(checked([unit.slice(0, 1), unit], tiny))

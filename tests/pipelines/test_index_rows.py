@@ -62,7 +62,9 @@ def index(tmp_path):
             if not path.with_suffix(".txt").exists():
                 path.with_suffix(".txt").write_text(captions)
         config = FilterConfig(**filters)
-        inputs = list_inputs([survey(SourceConfig(path=str(tmp_path)), StorageOptions())], StorageOptions())
+        inputs = pa.concat_tables(
+            list_inputs([survey(SourceConfig(path=str(tmp_path)), StorageOptions())], StorageOptions())
+        )
         rows = apply_filters(measure(inputs, originals(tmp_path), config), config)
         assert rows.schema == INDEX_SCHEMA
         assert rows.column("key").to_pylist() == inputs.column("key").to_pylist()

@@ -14,7 +14,6 @@ from PIL import Image
 
 from pipelines.preprocess.charts import columns, funnel, heat_map, percent, short
 from pipelines.preprocess.config import FilterConfig
-from pipelines.preprocess.filter import decide
 from pipelines.preprocess.latents_report import write_latents_report
 from pipelines.preprocess.measure import looks
 from pipelines.preprocess.report import REPORT, write_report
@@ -22,6 +21,7 @@ from pipelines.preprocess.summary import MOST_WORDS, summarize
 from pipelines.preprocess.write import write_rows
 from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, DataFile, Manifest, write_manifest
 from pipelines.storage import Storage
+from tests.pipelines.test_verdicts import decided
 
 TIMES = {"rows": 9, "seconds": 2.0, "stages": {"measure": 3.0, "write": 0.5}}
 SCRIPT = "<script>alert('x')</script> & \"quoted\""
@@ -40,7 +40,7 @@ class Dataset:
         blank = dict.fromkeys(INDEX_SCHEMA.names) | {"source": "photos", "file_size": 1}
         blank |= {"captions": ["two words"], "caption_weights": [1.0]}
         rows = [blank | {"key": f"{n:03}", "path": f"{n:03}.png", "id": f"{n:03}"} | row for n, row in enumerate(rows)]
-        judged = decide(pa.Table.from_pylist(rows, INDEX_SCHEMA), FilterConfig(near_duplicate_bits=bits))
+        judged = decided(pa.Table.from_pylist(rows, INDEX_SCHEMA), FilterConfig(near_duplicate_bits=bits))
         names = ["data/x/a.parquet", "data/x/b.parquet"]
         files = [DataFile(name=name, rows=len(range(part, len(rows), 2))) for part, name in enumerate(names)]
         for part, name in enumerate(names):

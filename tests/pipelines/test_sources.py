@@ -1,5 +1,6 @@
 import json
 
+import pyarrow as pa
 import pytest
 
 from pipelines.config import ColumnsConfig, SourceConfig
@@ -33,7 +34,7 @@ def read(folder, **columns):
 
 
 def inputs(*sources: SourceConfig):
-    return list_inputs([survey(source, StorageOptions()) for source in sources], StorageOptions())
+    return pa.concat_tables(list_inputs([survey(source, StorageOptions()) for source in sources], StorageOptions()))
 
 
 def config(folder, name: str = "source", **columns) -> SourceConfig:

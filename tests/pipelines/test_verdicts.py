@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -14,13 +17,25 @@ from PIL import Image
 from pipelines.config import SourceConfig, StageResources
 from pipelines.lease import Lease, LeaseLostError, lease
 from pipelines.originals import Originals
+from pipelines.preprocess import runs
+from pipelines.preprocess.alert import Change
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
-from pipelines.preprocess.config import AlertConfig, BucketConfig, FilterConfig, ScoreLimits
-from pipelines.preprocess.filter import FILTERS, MEASURED, caption_counts, decide
+from pipelines.preprocess.config import AlertConfig, BucketConfig, DriverConfig, FilterConfig, ScoreLimits
+from pipelines.preprocess.filter import (
+    FILTERS,
+    MEASURED,
+    caption_counts,
+    judge,
+    mark_duplicates,
+    mark_near_duplicates,
+)
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.pipeline import Outcome, _commit_latents, build_index
+from pipelines.preprocess.runs import Work
 from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.preprocess.sources.survey import survey
+from pipelines.preprocess.stored import select, stored, want
+from pipelines.preprocess.verdicts import decide_all
 from pipelines.preprocess.write import cut, write_rows, write_units
 from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, Column, Reject, data_files, kept_rows
 from pipelines.storage import Storage, StorageOptions
@@ -43,8 +58,13 @@ def limits(name: str, **given: Any) -> dict[str, ScoreLimits]:
     return {name: ScoreLimits(**given)}
 
 
+def decided(index: pa.Table, config: FilterConfig) -> pa.Table:
+    """The verdict on each of some rows."""
+    return mark_near_duplicates(mark_duplicates(judge(index, config)), config)
+
+
 def reasons(rows: list[dict[str, Any]], **filters: Any) -> dict[str, str | None]:
-    judged = decide(pa.Table.from_pylist(rows, INDEX_SCHEMA), FilterConfig(**filters))
+    judged = decided(pa.Table.from_pylist(rows, INDEX_SCHEMA), FilterConfig(**filters))
     assert judged.schema == INDEX_SCHEMA
     return {row["path"]: row["reject_reason"] for row in judged.to_pylist()}
 
@@ -101,7 +121,7 @@ def test_captions_are_dropped_one_by_one_and_the_image_when_none_is_left(caption
     other = fact("b", captions=["", "fit"])
     rows = pa.Table.from_pylist([fact("a", captions=captions), other], INDEX_SCHEMA)
     for part in (rows, pa.concat_tables([rows.slice(0, 1), rows.slice(1)])):  # as one chunk, and as two
-        judged = decide(part, FilterConfig(min_caption_characters=3, max_caption_characters=5))
+        judged = decided(part, FilterConfig(min_caption_characters=3, max_caption_characters=5))
         row, untouched = judged.to_pylist()
         assert (row["reject_reason"], row["caption_reasons"]) == (reason, dropped)
         assert (row["reject_detail"] or "").startswith(detail or "")
@@ -127,7 +147,7 @@ def test_an_original_that_a_threshold_rejects_gives_its_place_to_the_next():
 def test_a_rejected_score_is_named_with_its_limit():
     rows = [fact("a", scores=[("watermark", 0.75), ("unsafe", 0.25)])]
     filters = FilterConfig(scores=limits("unsafe", max=0.5) | limits("watermark", max=0.5))
-    (row,) = decide(pa.Table.from_pylist(rows, INDEX_SCHEMA), filters).to_pylist()
+    (row,) = decided(pa.Table.from_pylist(rows, INDEX_SCHEMA), filters).to_pylist()
     assert row["reject_detail"] == "0.75, and filters.scores.watermark.max is 0.5"
 
 
@@ -146,8 +166,81 @@ def test_verdicts_depend_on_the_set_of_facts_alone(seed):
     assert {"too_small", "duplicate", "near_duplicate", None} == set(expected.values())
     draws.shuffle(rows)
     strict = FilterConfig(min_side=8, near_duplicate_bits=3)
-    judged = decide(pa.Table.from_pylist(rows, INDEX_SCHEMA), strict).to_pylist()
+    judged = decided(pa.Table.from_pylist(rows, INDEX_SCHEMA), strict).to_pylist()
     assert reasons(judged, min_side=4, near_duplicate_bits=1) == expected
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_verdicts_on_rows_in_files_are_those_on_all_rows_at_once(seed, tmp_path, monkeypatch):
+    if seed >= 4:  # every few rows are a run of their own, and a part
+        monkeypatch.setattr(runs, "SHARES", 2**16)
+        monkeypatch.setattr(runs, "SAMPLED", 2)
+    draws, dataset = random.Random(seed), Storage(str(tmp_path / "index"))
+    facts = [some_facts(draws, number) for number in range(80)]
+    by_looks = draws.choice([None, 2])
+    filters = FilterConfig(min_side=3, max_caption_characters=8, near_duplicate_bits=by_looks)
+    expected = {row["key"]: row for row in decided(as_index(facts), filters).to_pylist()}
+    others = decided(as_index(facts), FilterConfig(min_side=5, near_duplicate_bits=draws.choice([None, 4]))).to_pylist()
+    right = draws.sample(range(80), draws.choice([0, 70, 80]))  # files hold these verdicts, and elsewhere other ones
+    rows = [expected[row["key"]] if number in right else row for number, row in enumerate(others)]
+    draws.shuffle(rows)
+    again = draws.sample(rows, draws.choice([0, 30]))  # the rows of a file that was written again
+    otherwise = [row | draws.choice(MEASURED_AGAIN) for row in again[::2]]
+    again[::2] = otherwise
+    unwanted = [fact(f"gone{number}") for number in range(draws.choice([0, 5]))]
+    stream = [*rows, *again, *unwanted]
+    files = [stream[start : start + 9] for start in range(0, len(stream), 9)]
+    for number, members in enumerate(files):
+        write_rows(as_index(members), dataset, f"data/x/{number:02}.parquet", "zstd")
+    work = Work(DriverConfig())
+    have = stored(dataset, "data/x", want([pa.chunked_array([[row["key"] for row in facts]])], work), work)
+    committed = {f"data/x/{number:02}.parquet" for number in range(draws.randint(0, 4))}
+    verdicts = decide_all(have, filters, None, committed)
+
+    names = [row["reject_reason"] or "kept" for row in expected.values()]
+    assert verdicts.reasons == Counter(names)
+    assert verdicts.captions == caption_counts(as_index(list(expected.values())))
+    known = {row["key"] for members in files[: len(committed)] for row in members}
+    fresh = [row["reject_reason"] for key, row in expected.items() if key not in known]
+    assert verdicts.change(7) == Change(
+        new=len(fresh), new_rejected=len(fresh) - fresh.count(None), kept_before=7, kept=names.count("kept")
+    )
+    for number, members in enumerate(files):
+        if not any(row is other for row in members for other in otherwise):
+            assert verdicts.differs(number) == any(row != expected.get(row["key"], row) for row in members)
+    chosen = select(have, None, verdicts, "zstd")
+    found = [row for name, _ in chosen for row in dataset.read_table(name).to_pylist()]
+    assert sorted(found, key=itemgetter("key")) == sorted(expected.values(), key=itemgetter("key"))
+    assert {name for name, _ in chosen if name in have.names} <= {
+        name for name, members in zip(have.names, files, strict=True) if all(r in expected.values() for r in members)
+    }
+
+
+MEASURED_AGAIN = [  # what a second measurement may say of a row of the same key
+    {"id": None, "original_size": None, "perceptual_hash": None, "reject_reason": "kills_decoder"},
+    {"id": "0" * 31 + "7", "reject_reason": None, "reject_detail": None},
+]
+
+
+def some_facts(draws: random.Random, number: int) -> dict[str, Any]:
+    captions = [draws.choice(["", "words", "too many words"]) for _ in range(draws.randint(0, 3))]
+    known = {"captions": captions, "caption_weights": [1.0] * len(captions), "caption_reasons": [None] * len(captions)}
+    if draws.random() < 0.1:
+        return fact(f"{number:02}", id=None, reject_reason="unreadable", original_size=None) | known
+    return (
+        fact(
+            f"{number:02}",
+            id=f"{draws.randrange(40):032x}" if draws.random() < 0.8 else f"{number:032x}",
+            source=draws.choice(["one", "two"]),
+            original_size=[draws.randint(1, 30), 9],
+            perceptual_hash=draws.choice([None, *range(9), *(draws.randrange(2**64) for _ in range(9))]),
+        )
+        | known
+    )
+
+
+def as_index(rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, INDEX_SCHEMA)
 
 
 def test_of_images_that_look_alike_the_largest_is_kept_and_named():
@@ -160,7 +253,7 @@ def test_of_images_that_look_alike_the_largest_is_kept_and_named():
         fact("f", original_size=[90, 90]),  # nothing to compare by
         fact("g", original_size=[90, 90]),
     ]
-    judged = decide(pa.Table.from_pylist(rows, INDEX_SCHEMA), FilterConfig(near_duplicate_bits=2)).to_pylist()
+    judged = decided(pa.Table.from_pylist(rows, INDEX_SCHEMA), FilterConfig(near_duplicate_bits=2)).to_pylist()
     assert {row["path"]: (row["reject_reason"], row["reject_detail"]) for row in judged if row["path"] != "e"} == {
         "a": ("near_duplicate", "2 of 64 bits from b"),
         "b": (None, None),
@@ -216,7 +309,7 @@ def index_of(source: Storage, dataset: Storage, monkeypatch: pytest.MonkeyPatch,
 
 def test_a_changed_threshold_reads_no_pixel_and_keeps_the_latents_keys(source, tmp_path, monkeypatch):
     dataset = Storage(str(tmp_path / "index"))
-    inputs = list_inputs([survey(one, StorageOptions()) for one in sources(source)], StorageOptions())
+    inputs = pa.concat_tables(list_inputs([survey(one, StorageOptions()) for one in sources(source)], StorageOptions()))
     table = bucket_table(BUCKETS)
     rows = assign_buckets(measure(inputs, originals(source), FilterConfig()), table)
     monkeypatch.setattr("pipelines.preprocess.pipeline._folder", lambda fingerprint: "data/x")
@@ -241,26 +334,28 @@ def test_a_changed_threshold_reads_no_pixel_and_keeps_the_latents_keys(source, t
 
 def test_latents_files_are_of_one_weight_and_another_weight_makes_no_row_anew(tmp_path):
     dataset = Storage(str(tmp_path / "latents"))
-    rows = pa.table({"key": list("abcdef"), "source": ["one", "one", "two", "two", "two", "one"]})
+    sources, work = ["one", "one", "two", "two", "two", "one"], Work(DriverConfig())
+    wanted = want([pa.chunked_array([list("abcdef")])], work)
     for number, keys in enumerate(("ab", "cd", "ef")):  # the last one's sources changed since it was written
         write_rows(pa.table({"key": list(keys)}), dataset, f"data/x/32x32/{number}.parquet", "none")
 
     def commit(one: float, two: float) -> dict[str, float]:
+        weights = {"one": one, "two": two}
         with lease(dataset) as held:
             manifest = _commit_latents(
                 held=held,
                 folder="data/x",
-                kept=rows,
+                have=stored(dataset, "data/x", wanted, work),
                 made_by={"schema": SCHEMA_VERSION},
                 facts={},
                 parents={},
                 failures={},
-                weights={"one": one, "two": two},
+                weights=np.array([weights[source] for source in sources]),
             )
         files = data_files(dataset, manifest)
-        weights = {key: f.weight for f in files for key in dataset.read_table(f.name).column("key").to_pylist()}
-        assert len(weights) == manifest.rows == 6
-        return weights
+        found = {key: f.weight for f in files for key in dataset.read_table(f.name).column("key").to_pylist()}
+        assert len(found) == manifest.rows == 6
+        return found
 
     assert commit(1.0, 1.0) == dict.fromkeys("abcdef", 1.0)
     assert commit(1.0, 2.5) == {"a": 1.0, "b": 1.0, "c": 2.5, "d": 2.5, "e": 2.5, "f": 1.0}
@@ -273,7 +368,7 @@ def test_a_writer_that_was_replaced_commits_nothing(source, tmp_path, monkeypatc
     dataset = Storage(str(tmp_path / "index"))
     monkeypatch.setattr("pipelines.preprocess.pipeline._folder", lambda fingerprint: "data/x")
     rows = measure(
-        list_inputs([survey(one, StorageOptions()) for one in sources(source)], StorageOptions()),
+        pa.concat_tables(list_inputs([survey(one, StorageOptions()) for one in sources(source)], StorageOptions())),
         originals(source),
         FilterConfig(),
     )

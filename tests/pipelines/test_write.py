@@ -1,4 +1,5 @@
 import random
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -8,18 +9,13 @@ from pipelines.preprocess.write import (
     FAILURE,
     UNIT,
     UNIT_ROWS,
-    Stored,
     collect_garbage,
     cut,
-    keys_of,
-    missing,
-    select,
-    stored,
+    cut_all,
     write_rows,
     write_units,
 )
 from pipelines.schema import (
-    INDEX_SCHEMA,
     SCHEMA_VERSION,
     DataFile,
     data_files,
@@ -44,19 +40,6 @@ def rows(*keys: str) -> pa.Table:
     return pa.table({"key": pa.array(keys, pa.string()), "value": pa.array([f"v{key}" for key in keys], pa.string())})
 
 
-def keys(*names: str) -> pa.Array:
-    return pa.array(names, pa.string())
-
-
-def judged(verdicts: dict[str, str | None]) -> pa.Table:
-    values = dict.fromkeys(INDEX_SCHEMA.names) | {"source": "s", "path": "p", "file_size": 1}
-    reasons = {key: reason and "duplicate" for key, reason in verdicts.items()}
-    return pa.Table.from_pylist(
-        [values | {"key": k, "reject_reason": reasons[k], "reject_detail": v} for k, v in verdicts.items()],
-        INDEX_SCHEMA,
-    )
-
-
 def put(dataset: Storage, name: str, *keys: str) -> str:
     write_rows(rows(*keys), dataset, f"{FOLDER}/{name}", "zstd")
     return f"{FOLDER}/{name}"
@@ -67,10 +50,6 @@ def commit(dataset: Storage, *names: str):
     return write_manifest(
         dataset, files, kind="index", counts={}, fingerprint={"schema": SCHEMA_VERSION}, parents={}
     ), files
-
-
-def content(dataset: Storage, files) -> list[dict]:
-    return [row for name, _ in files for row in dataset.read_table(name).to_pylist()]
 
 
 def test_rows_are_cut_into_units_that_know_their_size():
@@ -88,6 +67,15 @@ def test_a_units_name_is_its_keys():
 
 def test_nothing_is_cut_into_nothing():
     assert cut(rows(), 3) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_units_do_not_depend_on_the_tables_that_rows_come_in(seed):
+    draws, every = random.Random(seed), rows(*"abcdefghijk")
+    ends = sorted(draws.choices(range(12), k=draws.randint(0, 6)))
+    tables = [every.slice(start, end - start) for start, end in pairwise([0, *ends, 11])]
+    assert list(cut_all(tables, 3)) == cut(every, 3)
+    assert list(cut_all([], 3)) == list(cut_all([rows()], 3)) == []
 
 
 def test_a_unit_becomes_one_file_without_the_columns_of_its_journey(dataset):
@@ -145,95 +133,12 @@ def test_a_unit_written_again_is_the_same_file(dataset):
 
 @pytest.mark.parametrize("compression", ["lz4", "zstd", "none"])
 def test_tensor_rows_are_written_and_read(dataset, compression):
-    import numpy as np
 
     array = np.arange(24, dtype=np.float16).reshape(4, 2, 3)
     schema = pa.schema([pa.field("key", pa.string()), tensor_field("latent_mean", (2, 3))])
     table = pa.Table.from_arrays([pa.array(list("abcd")), tensor_column(array)], schema=schema)
     write_rows(table, dataset, f"{FOLDER}/a.parquet", compression)
     assert np.array_equal(tensor_array(dataset.read_table(f"{FOLDER}/a.parquet"), "latent_mean"), array)
-
-
-def test_stored_and_missing_are_told_by_key(dataset):
-    names = [put(dataset, "b.parquet", *"cd"), put(dataset, "a.parquet", *"ba")]
-    have = stored(dataset, FOLDER)
-    assert have == [Stored(names[1], keys(*"ba")), Stored(names[0], keys(*"cd"))]
-    assert missing(rows(*"aebf"), have).equals(rows(*"ef"))
-    assert missing(rows(*"ab"), []).equals(rows(*"ab"))
-    assert missing(rows(*"abcd"), have).num_rows == 0
-    assert stored(dataset, "data/nothing") == []
-
-
-def test_files_that_are_wanted_whole_are_taken_as_they_are(dataset):
-    name = put(dataset, "a.parquet", *"ab")
-    put(dataset, "b.parquet", *"cd")
-    assert select(dataset, stored(dataset, FOLDER), keys(*"ab"), None, None) == [(name, 2)]
-    assert len(dataset.list()) == 2
-
-
-def test_a_file_of_which_less_is_wanted_is_written_again_and_the_old_one_stays(dataset):
-    old = put(dataset, "a.parquet", *"abc")
-    ((name, count),) = select(dataset, stored(dataset, FOLDER), keys(*"ac"), None, None)
-    assert (count, name == old, name.startswith(f"{FOLDER}/")) == (2, False, True)
-    assert dataset.read_table(name).equals(rows(*"ac"))
-    assert dataset.read_table(old).equals(rows(*"abc"))
-
-
-def test_a_key_twice_in_one_file_counts_once(dataset):
-    put(dataset, "a.parquet", *"aab")
-    assert (
-        content(dataset, select(dataset, stored(dataset, FOLDER), keys(*"ab"), None, None)) == rows(*"ab").to_pylist()
-    )
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_each_wanted_key_counts_once_whatever_files_there_are(dataset, seed):
-    draws = random.Random(seed)
-    every = list("abcdefgh")
-    for number in range(draws.randint(1, 5)):
-        put(dataset, f"{number}.parquet", *draws.sample(every, draws.randint(1, 5)))
-    have = stored(dataset, FOLDER)
-    known = set(keys_of(have).to_pylist())
-    wanted = draws.sample(every, draws.randint(0, 8))
-    files = select(dataset, have, keys(*wanted), None, "zstd")
-    assert sorted(content(dataset, files), key=str) == sorted(rows(*known.intersection(wanted)).to_pylist(), key=str)
-    assert [count for _, count in files] == [dataset.read_table(name).num_rows for name, _ in files]
-    again = select(dataset, stored(dataset, FOLDER), keys(*wanted), None, "zstd")
-    assert sorted(again) == sorted(files)
-
-
-def test_changed_rows_are_written_under_a_name_that_means_their_content(dataset):
-    old = f"{FOLDER}/a.parquet"
-    write_rows(judged({"a": None, "b": None}), dataset, old, None)
-
-    def judge(verdicts: dict[str, str | None]):
-        def change(table: pa.Table, places: np.ndarray) -> pa.Table | None:
-            new = judged({list(verdicts)[place]: list(verdicts.values())[place] for place in places})
-            new = new.select(table.column_names)
-            return None if new.equals(table) else new
-
-        ((name, _),) = select(dataset, [Stored(old, keys(*"ab"))], keys(*verdicts), change, None)
-        assert dataset.read_table(name).equals(judged(verdicts))
-        return name
-
-    same = {"a": None, "b": None}
-    first, second = {"a": None, "b": "the same as a"}, {"a": None, "b": "the same as c"}
-    assert judge(same) == old
-    assert len({judge(first), judge(second), old}) == 3
-    assert judge(first) == judge(first)
-    assert dataset.read_table(old).equals(judged(same))
-
-
-def test_rows_are_told_apart_by_every_verdict(dataset):
-    for name, verdict in (("a", "x"), ("b", None)):
-        write_rows(judged({"k": verdict}), dataset, f"{FOLDER}/{name}.parquet", None)
-
-    def settle(table: pa.Table, _) -> pa.Table | None:
-        new = judged({"k": None}).select(table.column_names)
-        return None if new.equals(table) else new
-
-    ((chosen, _),) = select(dataset, stored(dataset, FOLDER), keys("k"), settle, None)
-    assert dataset.read_table(chosen).equals(judged({"k": None}))
 
 
 def test_garbage_is_what_no_manifest_ever_named(dataset):

@@ -1,41 +1,121 @@
-"""Find the inputs of all sources. A container is listed once, and again when it changes."""
+"""Find the inputs of all sources. A container is listed once, with their keys, and again when it changes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.originals import ABSOLUTE, source_folder
 from pipelines.preprocess.sources.folder import list_folder
-from pipelines.preprocess.sources.inputs import LISTED_SCHEMA, MISSING, PROBLEM, STAMP, keyed, listed, stamps_of
+from pipelines.preprocess.sources.inputs import INPUT_SCHEMA, MISSING, PROBLEM, STAMP, keyed, listed, stamps_of
 from pipelines.preprocess.sources.survey import LISTINGS, Container, Survey, where_is
 from pipelines.preprocess.sources.tables import list_arrow, list_parquet
 from pipelines.preprocess.sources.tar import list_tar
-from pipelines.schema import Column
+from pipelines.schema import ROWS_AT_A_TIME, Column
 from pipelines.storage import Storage, StorageOptions
 
 LISTERS = {"parquet": list_parquet, "webdataset": list_tar, "huggingface": list_arrow}
-LISTING_READERS = 16
+LIST_SCHEMA = pa.schema([field.with_nullable(True) for field in INPUT_SCHEMA])  # a key may yet have to be made
+LISTS_AHEAD, PIECES_AHEAD = 16, 4  # that are read before they are asked for: keys alone, and whole rows
 NUMBER, ERROR = "number", "error"  # columns of what `write_listings` takes and gives
 
 
-def list_inputs(
-    surveys: Sequence[Survey], options: StorageOptions, read: Callable[[Container], pa.Table] | None = None
-) -> pa.Table:
-    """Every input, in the order of sources, and there of files and rows; `read` gives a container's list.
+def list_inputs(surveys: Sequence[Survey], options: StorageOptions) -> Iterator[pa.Table]:
+    """Every input, table by table, in the order of sources, and there of files and rows.
 
     Raises FileNotFoundError where a source has no image, ValueError for what `list_container` or metadata raise.
     """
-    return pa.concat_tables([_list_source(survey, options, read) for survey in surveys])
+    for found in surveys:
+        if found.kind == "folder":
+            yield from _of_folder(found, options)
+        else:
+            lists = (list_container(container, options) for container in found.containers)
+            yield from _checked(found, (_completed(rows, found) for rows in lists))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Inputs that are in memory at a time: a row group of a container's list, or some images of a folder."""
+
+    found: Survey
+    rows: int
+    listing: str = ""
+    group: int = 0
+    kept: pa.Table | None = None
+
+
+class Inputs:
+    """Every input, to be read twice: the keys of all first, and then the rows that are missing."""
+
+    def __init__(self, surveys: Sequence[Survey], dataset: Storage, keep: Callable[[pa.Table], pa.Table]) -> None:
+        """`dataset` has the lists of containers; `keep` takes a table and gives it from where it is not in memory."""
+        self._surveys, self._dataset, self._keep = surveys, dataset, keep
+        self._pieces: list[_Piece] = []
+
+    def keys(self) -> Iterator[pa.ChunkedArray]:
+        """The keys of all, in order. Raises as `list_inputs`."""
+        self._pieces = []
+        for found in self._surveys:
+            tables = self._of_folder(found) if found.kind == "folder" else _checked(found, self._of_containers(found))
+            for table in tables:
+                yield table.column(Column.KEY)
+
+    def rows(self, wanted: np.ndarray) -> Iterator[pa.Table]:
+        """Those inputs that are wanted [inputs], once `keys` has gone through all."""
+        masks = np.split(wanted, np.cumsum([piece.rows for piece in self._pieces]))
+        asked = [(piece, mask) for piece, mask in zip(self._pieces, masks, strict=False) if mask.any()]
+        with ThreadPoolExecutor(PIECES_AHEAD) as pool:
+            for start in range(0, len(asked), PIECES_AHEAD):
+                some = asked[start : start + PIECES_AHEAD]
+                for rows, (piece, mask) in zip(pool.map(self._read, (p for p, _ in some)), some, strict=True):
+                    yield _completed(rows, piece.found).filter(pa.array(mask))
+
+    def _read(self, piece: _Piece) -> pa.Table:
+        return self._dataset.read_group(piece.listing, piece.group)[0] if piece.kept is None else piece.kept
+
+    def _of_folder(self, found: Survey) -> Iterator[pa.Table]:
+        for rows in _of_folder(found, self._dataset.options):
+            self._pieces.append(_Piece(found, rows.num_rows, kept=self._keep(rows)))
+            yield rows
+
+    def _of_containers(self, found: Survey) -> Iterator[pa.Table]:
+        """Keys, of each list a row group at a time; the first ones of several lists are read ahead."""
+        names = [container.listing for container in found.containers]
+        read = partial(self._dataset.read_group, columns=[Column.KEY])
+        with ThreadPoolExecutor(LISTS_AHEAD) as pool:
+            for start in range(0, len(names), LISTS_AHEAD):
+                some = names[start : start + LISTS_AHEAD]
+                for name, (first, groups) in zip(some, pool.map(lambda one: read(one, 0), some), strict=True):
+                    for group in range(groups):
+                        rows = read(name, group)[0] if group else first
+                        self._pieces.append(_Piece(found, rows.num_rows, name, group))
+                        if rows.column(Column.KEY).null_count:
+                            rows = _completed(self._dataset.read_group(name, group)[0], found)
+                        yield rows
 
 
 def list_container(container: Container, options: StorageOptions) -> pa.Table:
-    """The inputs of a container without keys. Raises ValueError where its columns are not those that are asked for."""
+    """The inputs of a container, as LIST_SCHEMA: without keys where they are of files that have a stamp of their own.
+
+    Raises ValueError where its columns are not those that are asked for.
+    """
     storage, _ = source_folder(container.source.path, options)
-    return LISTERS[container.kind](storage, container.name, container.size, container.source)
+    rows = LISTERS[container.kind](storage, container.name, container.size, container.source)
+    own = pc.or_(pc.is_valid(rows.column(Column.OFFSET)), pc.is_valid(rows.column(PROBLEM)))
+    own = pc.or_(own, pc.fill_null(pc.match_substring_regex(rows.column(Column.FILE), ABSOLUTE), False))
+    stamped = rows.set_column(
+        rows.schema.get_field_index(STAMP), STAMP, pc.if_else(own, container.stamp, pa.scalar(None, pa.string()))
+    )
+    inputs = keyed(stamped, container.source.name)
+    if pc.all(own).as_py():
+        return inputs.cast(LIST_SCHEMA)
+    return _with(inputs.cast(LIST_SCHEMA), Column.KEY, pc.if_else(own, inputs.column(Column.KEY), None))
 
 
 def unlisted(surveys: Sequence[Survey], dataset: Storage) -> list[Container]:
@@ -54,7 +134,7 @@ def write_listings(rows: pa.Table, containers: Sequence[Container], dataset: Sto
         except ValueError as error:  # of the settings: it is told once, in its own words
             errors.append(str(error))
         else:
-            dataset.write_table(container.listing, listing, compression="zstd")
+            dataset.write_table(container.listing, listing, compression="zstd", row_group_size=ROWS_AT_A_TIME)
             errors.append(None)
     return pa.table({ERROR: pa.array(errors, pa.string())})
 
@@ -67,36 +147,43 @@ def forget_listings(surveys: Sequence[Survey], dataset: Storage) -> None:
             dataset.delete(file.name)
 
 
-def _list_source(found: Survey, options: StorageOptions, read: Callable[[Container], pa.Table] | None) -> pa.Table:
-    if found.kind == "folder":
-        storage, _ = source_folder(found.source.path, options)
-        return keyed(list_folder(storage, found.files, found.source), found.source.name)
-    with ThreadPoolExecutor(LISTING_READERS) as pool:
-        tables = list(pool.map(read or (lambda container: list_container(container, options)), found.containers))
-    stamped = [
-        _stamped(table, container, found.files) for table, container in zip(tables, found.containers, strict=True)
-    ]
-    rows = pa.concat_tables(stamped)
-    if not rows.num_rows:
+def _of_folder(found: Survey, options: StorageOptions) -> Iterator[pa.Table]:
+    storage, _ = source_folder(found.source.path, options)
+    rows = list_folder(storage, found.files, found.source)
+    for start in range(0, rows.num_rows, ROWS_AT_A_TIME):
+        yield keyed(rows.slice(start, ROWS_AT_A_TIME), found.source.name)
+
+
+def _checked(found: Survey, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Raise FileNotFoundError, after the last, where no container has an image."""
+    rows = 0
+    for table in tables:
+        rows += table.num_rows
+        yield table
+    if not rows:
         raise FileNotFoundError(f"{where_is(found.source)}: no image in {listed(c.name for c in found.containers)}")
-    return keyed(rows, found.source.name)
 
 
-def _stamped(rows: pa.Table, container: Container, files: pa.Table) -> pa.Table:
-    """Listed inputs with their stamps: the container's for what lies in it, a file's own for one below the source.
+def _completed(rows: pa.Table, found: Survey) -> pa.Table:
+    """Listed inputs, each with its key. A key has a stamp: the container's for what lies in it, for a file below the
+    source's folder its own.
 
     Files elsewhere are not looked at before they are read. They have the container's: touching it reads them again.
     """
-    names = rows.column(Column.FILE)
-    own = pc.or_(pc.is_valid(rows.column(Column.OFFSET)), pc.is_valid(rows.column(PROBLEM)))
-    own = pc.or_(own, pc.fill_null(pc.match_substring_regex(names, ABSOLUTE), False))
-    if pc.all(own).as_py():
-        return _with(rows, STAMP, pa.repeat(container.stamp, rows.num_rows))
-    known = stamps_of(files).take(pc.index_in(names, files.column("name")))
-    rows = _with(rows, STAMP, pc.if_else(own, container.stamp, known))
-    gone = pc.is_null(rows.column(STAMP))
-    return _with(rows, PROBLEM, pc.if_else(gone, MISSING, rows.column(PROBLEM)))
+    return (_with_stamps_of_files(rows, found) if rows.column(Column.KEY).null_count else rows).cast(INPUT_SCHEMA)
+
+
+def _with_stamps_of_files(rows: pa.Table, found: Survey) -> pa.Table:
+    without = pc.is_null(rows.column(Column.KEY))
+    known = stamps_of(found.files).take(pc.index_in(rows.column(Column.FILE), found.files.column("name")))
+    gone = pc.and_(without, pc.is_null(known))
+    rows = _with(rows, PROBLEM, pc.if_else(gone, MISSING, rows.column(PROBLEM)))
+    stamped = rows.filter(without).append_column(STAMP, known.filter(without).cast(pa.string()))
+    keys = keyed(stamped.drop_columns([Column.KEY, Column.SOURCE]), found.source.name).column(Column.KEY)
+    places = np.cumsum(without.to_numpy()) - 1
+    made = keys.take(pa.array(np.maximum(places, 0)))
+    return _with(rows, Column.KEY, pc.if_else(without, made, rows.column(Column.KEY)))
 
 
 def _with(rows: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
-    return rows.set_column(rows.schema.get_field_index(name), LISTED_SCHEMA.field(name), values)
+    return rows.set_column(rows.schema.get_field_index(name), LIST_SCHEMA.field(name), values)

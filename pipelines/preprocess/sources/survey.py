@@ -20,6 +20,7 @@ SUFFIXES = {"webdataset": ".tar", "parquet": ".parquet", "huggingface": ".arrow"
 PACKED_TAR = r"\.(tar\.(gz|bz2|xz|zst)|tgz)$"
 STATE, SPLITS = "state.json", "dataset_dict.json"  # what Hugging Face's datasets write beside a saved dataset
 LISTINGS = "listings"  # folder of the index in which the lists of containers are kept
+LISTING_VERSION = 2  # raised when lists of containers change; 2 has keys
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Container:
     @property
     def listing(self) -> str:
         """Name of its list: another one for whatever would make another list."""
-        read = [self.source.name, asdict(self.source.columns)]
-        return f"{LISTINGS}/{digest([SCHEMA_VERSION, self.kind, self.name, self.stamp, *read])}.parquet"
+        versions, read = [SCHEMA_VERSION, LISTING_VERSION], [self.source.name, asdict(self.source.columns)]
+        return f"{LISTINGS}/{digest([*versions, self.kind, self.name, self.stamp, *read])}.parquet"
 
 
 @dataclass(frozen=True)

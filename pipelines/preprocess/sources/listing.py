@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipelines.originals import ABSOLUTE, source_folder
 from pipelines.preprocess.sources.folder import list_folder
-from pipelines.preprocess.sources.inputs import INPUT_SCHEMA, MISSING, PROBLEM, STAMP, keyed, listed, stamps_of
+from pipelines.preprocess.sources.inputs import INPUT_SCHEMA, MISSING, PROBLEM, STAMP, keyed, listed
 from pipelines.preprocess.sources.survey import LISTINGS, Container, Survey, where_is
 from pipelines.preprocess.sources.tables import list_arrow, list_parquet
 from pipelines.preprocess.sources.tar import list_tar
@@ -175,7 +175,7 @@ def _completed(rows: pa.Table, found: Survey) -> pa.Table:
 
 def _with_stamps_of_files(rows: pa.Table, found: Survey) -> pa.Table:
     without = pc.is_null(rows.column(Column.KEY))
-    known = stamps_of(found.files).take(pc.index_in(rows.column(Column.FILE), found.files.column("name")))
+    known = found.stamps.take(pc.index_in(rows.column(Column.FILE), found.files.column("name")))
     gone = pc.and_(without, pc.is_null(known))
     rows = _with(rows, PROBLEM, pc.if_else(gone, MISSING, rows.column(PROBLEM)))
     stamped = rows.filter(without).append_column(STAMP, known.filter(without).cast(pa.string()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Literal
 
 import pyarrow as pa
@@ -53,6 +54,11 @@ class Survey:
     """All files below its folder: name, size, modified_us."""
     containers: tuple[Container, ...]
     """Those that hold images."""
+
+    @cached_property
+    def stamps(self) -> pa.ChunkedArray:
+        """The stamp of each file."""
+        return stamps_of(self.files)
 
 
 def survey(config: SourceConfig, options: StorageOptions) -> Survey:

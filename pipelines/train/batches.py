@@ -36,7 +36,7 @@ from pipelines.train.plan import Plan, PlannedBatch, cut_step
 PREFETCHED_STEPS, STEPS_AT_A_TIME = 2, 2  # a step's last files are waited for while the next one's are read
 OPEN_FILES, KNOWN_FILES = 256, 4096  # latents files that each worker holds open, and knows the layout of
 LOCAL_READERS, REMOTE_READERS = 2, 32  # parts of latents files read at a time
-DECODE_THREADS = 4
+DECODERS = 4  # images decoded at a time; they are fetched as parts of latents files are
 
 
 @dataclass(frozen=True)
@@ -273,8 +273,10 @@ class ImageReader:
         max_pixels: int,
         *,
         lost: LostImages | None = None,
+        decoders: int = DECODERS,
     ) -> None:
-        """`lost` says how many images may be lost, and keeps which; None is none.
+        """`lost` says how many images may be lost, and keeps which; None is none. `decoders` images are decoded at a
+        time, while others are waited for.
 
         Raises ValueError where `originals` lacks a source of the index.
         """
@@ -287,7 +289,8 @@ class ImageReader:
         ]
         self._originals, self._crop, self._max_pixels = originals, crop, max_pixels
         self._lost = lost or LostImages()
-        self._pool = ThreadPoolExecutor(DECODE_THREADS)
+        self._pool = ThreadPoolExecutor(max(REMOTE_READERS, 2 * decoders))  # most of them wait, for storage or below
+        self._decoders = threading.BoundedSemaphore(decoders)
 
     def read(self, rows: np.ndarray, bucket: Size, first: int) -> ImageBatch:
         """Rows [B, 2] as images; the crop is drawn from the image's number in the run."""
@@ -337,13 +340,14 @@ class ImageReader:
             raise RuntimeError(f"{_name(known)}: the index keeps it, and it cannot be read: {error}") from error
         except Exception as error:  # what was packed is no more what the index says
             raise LostError(f"its bytes have changed: {error}") from error
-        if content_id(data) != image_id:
-            raise LostError("its bytes have changed")
-        try:
-            draw_id = f"{image_id}:{number}"
-            return np.ascontiguousarray(read_crop(data, bucket, self._crop, draw_id, self._max_pixels)[0])
-        except Exception as error:
-            raise LostError(f"it cannot be decoded here: {error}") from error
+        with self._decoders:
+            if content_id(data) != image_id:
+                raise LostError("its bytes have changed")
+            try:
+                draw_id = f"{image_id}:{number}"
+                return np.ascontiguousarray(read_crop(data, bucket, self._crop, draw_id, self._max_pixels)[0])
+            except Exception as error:
+                raise LostError(f"it cannot be decoded here: {error}") from error
 
     def _known(self, file: int, row: int) -> dict[str, Any]:
         return self._images[file].slice(row, 1).to_pylist()[0]

@@ -139,7 +139,8 @@ def _export(averaged: Engine, task: Task, plan: Plan, held: Lease) -> None:
 def _task(training: Training, device: torch.device) -> Task:
     if isinstance(training.task, DenoiserTaskConfig):
         return DenoiserTask(training.task, training.batch, training.pinned, training.options, device)
-    return VAETask(training.task, training.batch, training.pinned, training.options, device)
+    decoders = max(1, int(training.workers.cpus))
+    return VAETask(training.task, training.batch, training.pinned, training.options, device, decoders=decoders)
 
 
 def _engines(task: Task, training: Training, device: torch.device) -> dict[str, Engine]:

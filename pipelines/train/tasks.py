@@ -38,7 +38,7 @@ from pipelines.pictures import grid, to_pixels
 from pipelines.sampling import Told, base_denoiser, generate, refine, refiner_denoiser
 from pipelines.schema import require_manifest
 from pipelines.storage import Storage, StorageOptions
-from pipelines.train.batches import Batch, ImageBatch, ImageReader, LatentBatch, LatentReader, Reader
+from pipelines.train.batches import DECODERS, Batch, ImageBatch, ImageReader, LatentBatch, LatentReader, Reader
 from pipelines.train.config import BatchConfig, DenoiserTaskConfig, VAETaskConfig
 from pipelines.train.engine import Engine
 from pipelines.train.lost import LostImages
@@ -248,15 +248,24 @@ class VAETask:
     """The autoencoder against a patch discriminator (SDXL 2.4; arXiv 2112.10752, appendix G)."""
 
     def __init__(
-        self, config: VAETaskConfig, batch: BatchConfig, pinned: str, options: StorageOptions, device: torch.device
+        self,
+        config: VAETaskConfig,
+        batch: BatchConfig,
+        pinned: str,
+        options: StorageOptions,
+        device: torch.device,
+        *,
+        decoders: int = DECODERS,
     ) -> None:
-        """`pinned` is the digest of the index's manifest."""
+        """`pinned` is the digest of the index's manifest; `decoders` images are decoded at a time."""
         index = Storage(config.index, options)
         manifest = require_manifest(index, "index", pinned)
         originals = Originals(all_sources(config.source, config.sources), options)
         max_pixels = int(manifest.fingerprint["max_pixels"])
         self.lost: LostImages | None = LostImages(config.lost_share, batch.validation_share)
-        self.reader: Reader = ImageReader(index, manifest, originals, config.crop, max_pixels, lost=self.lost)
+        self.reader: Reader = ImageReader(
+            index, manifest, originals, config.crop, max_pixels, lost=self.lost, decoders=decoders
+        )
         self._config, self._batch, self._device = config, batch, device
         self._vae = networks.vae(config.vae, options)
         self._discriminator = networks.discriminator(config.discriminator, batch.seed)

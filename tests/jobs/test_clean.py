@@ -108,6 +108,18 @@ def test_old_versions_go_with_their_files_and_what_is_named_or_young_stays(datas
     assert capsys.readouterr().out.count("nothing to remove") == 2
 
 
+def test_the_version_that_an_evaluation_measures_on_stays(dataset, tmp_path):
+    storage, digests = dataset
+    settings = {"datasets": [storage.uri], "evaluations": [f"{tmp_path}/evaluation"], "keep": {"versions": 1}}
+    with pytest.raises(FileNotFoundError, match="evaluation holds no evaluation"):
+        clean.run(job(**settings, apply=True))
+    before = rows(storage, digests[0])
+    Storage(f"{tmp_path}/evaluation").write_json("pinned.json", {storage.uri: digests[0]})
+    clean.run(job(**settings, apply=True))
+    assert rows(storage, digests[0]) == before
+    assert not storage.exists(f"manifests/{digests[1]}.json")
+
+
 def test_what_was_replaced_a_moment_ago_stays_however_old_it_is(dataset):
     storage, digests = dataset
     os.utime(storage.path(f"manifests/{digests[4]}.json"))

@@ -390,6 +390,32 @@ def test_no_held_out_image_stands_for_one_that_is_trained_on(images, monkeypatch
         reader.read(np.array([[0, 0]]), (16, 32), first=7)
 
 
+def test_more_images_are_waited_for_than_are_decoded_at_a_time(images, monkeypatch):
+    reader, *_ = images
+    reader._decoders = threading.BoundedSemaphore(2)
+    all_asked, lock, counts = threading.Barrier(8), threading.Lock(), [0, 0]
+    read, crop = reader._originals.read, batches.read_crop
+
+    def fetched(row):
+        all_asked.wait(30)  # for eight at a time
+        return read(row)
+
+    def counted(*told):
+        with lock:
+            counts[0] += 1
+            counts[1] = max(counts)
+        try:
+            return crop(*told)
+        finally:
+            with lock:
+                counts[0] -= 1
+
+    monkeypatch.setattr(reader._originals, "read", fetched)
+    monkeypatch.setattr(batches, "read_crop", counted)
+    assert len(reader.read(np.array([[0, 0], [0, 1]] * 4), (16, 32), first=0).image) == 8
+    assert 1 <= counts[1] <= 2
+
+
 def test_storage_that_fails_loses_no_image(images, monkeypatch):
     reader, *_ = images
     reader._lost = lost = LostImages(most_share=1.0)

@@ -75,6 +75,13 @@ REMEDIES = (
         "a node at once; when training lower batch.micro_size. --dry-run prints memory per worker.",
     ),
     Remedy(
+        cause="weights on a hub that is out of reach",
+        pattern=r"cannot find the appropriate snapshot folder|Cannot find an appropriate cached snapshot folder"
+        r"|couldn't connect to 'https://huggingface\.co'",
+        advice="Every process that encodes text reads them: give paths that every node reaches, local or s3://, in "
+        "place of names, or open the network to the hub.",
+    ),
+    Remedy(
         cause="Ray or Python of another version",
         pattern=r"Version mismatch: The cluster was started with",
         advice="Client and all nodes need the same environment: install requirements.lock, or use the same image, "

@@ -87,6 +87,19 @@ def test_more_memory_than_there_is(told):
     assert ADVICE["memory of a node full"] in told(run=fill)
 
 
+@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_weights_on_a_hub_that_is_out_of_reach(tmp_path, environment):
+    read = "from pipelines.networks import text_encoders\nfrom pipelines.config import TextWeightsConfig\n"
+    read += "from pipelines.storage import StorageOptions\n"
+    read += "names = {'clip_l': 'nobody/has-this', 'bigg': 'nobody/has-this'}\n"
+    read += "text_encoders(TextWeightsConfig(preset='sdxl', **names), StorageOptions())"
+    known = os.environ | {"HF_HOME": str(tmp_path)} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", read], cwd=ROOT, env=known, capture_output=True, text=True, check=False
+    )
+    assert remedy(done.stderr.splitlines()[-1]) == ADVICE["weights on a hub that is out of reach"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_where_there_is_none(told):
     def move(job: PreprocessJob) -> None:

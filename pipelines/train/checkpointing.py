@@ -113,6 +113,7 @@ class Checkpointer:
             checkpoint.write_json(PROGRESS, progress | {"files": files})
             for name in list_checkpoints(self._run)[: -self._keep]:
                 _delete(self._run, name)
+            self._delete_unfinished()  # workers whose driver was killed go on for a while, into folders of their own
 
     def _from_worker_0(self, value: Any) -> Any:
         """Worker 0's value, on all workers."""
@@ -121,9 +122,10 @@ class Checkpointer:
         return values[0]
 
     def _delete_unfinished(self) -> None:
-        """Delete what attempts that died left of checkpoints that are none."""
+        """Delete what attempts that died left of checkpoints that are none; not what others write of this attempt's."""
         for name in self._run.folders(CHECKPOINTS) - set(list_checkpoints(self._run)):
-            _delete(self._run, name)
+            if not name.endswith(f"_{self._attempt}"):
+                _delete(self._run, name)
 
 
 def _delete(run: Storage, name: str) -> None:

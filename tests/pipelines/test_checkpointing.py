@@ -73,6 +73,20 @@ def test_the_newest_is_taken_up_and_older_ones_go(run):
     assert restored(run) == (3, 3 / 8)
 
 
+def test_what_a_dead_attempt_writes_late_goes_with_the_next_checkpoint_and_this_attempts_own_stays(run):
+    checkpointer = saved(run, 1)
+    late, mine_too = (
+        "checkpoints/checkpoint_000000000020_other",
+        f"checkpoints/checkpoint_000000000030_{checkpointer._attempt}",
+    )
+    for folder in (late, mine_too):  # a worker whose driver was killed; a worker that is a checkpoint ahead of this one
+        run.write(f"{folder}/net/rank_00001.safetensors", b"a part")
+    checkpointer.save({"net": Counter()}, 2, 20)
+    checkpointer.finish()
+    assert len(list_checkpoints(run)) == 2
+    assert run.folders("checkpoints") == {*list_checkpoints(run), mine_too}
+
+
 def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits_for_it(run, monkeypatch):
     allowed, begun = threading.Event(), threading.Event()
     write = checkpointing.write_shard

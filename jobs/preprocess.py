@@ -38,7 +38,7 @@ def run(job: PreprocessJob) -> None:
         except JobError as error:
             code = FAILURE if number and error.code == USAGE_ERROR else error.code  # an earlier stage has done its work
             raise JobError("\n".join([*looks, str(error)]), code) from error
-        except (ValueError, OSError):
+        except BaseException:  # of whatever kind, an interrupt too: it is told as it always is
             for line in looks:
                 print(f"warning: {line}", file=sys.stderr)
             raise

@@ -185,7 +185,14 @@ def test_no_password_is_told_to_mlflow(folder):
 
 @pytest.mark.parametrize(
     ("latents", "code"),
-    [(None, LOOK), (USAGE_ERROR, FAILURE), (FAILURE, FAILURE), (HELD, HELD), (OSError("disk"), FAILURE)],
+    [
+        (None, LOOK),
+        (USAGE_ERROR, FAILURE),
+        (FAILURE, FAILURE),
+        (HELD, HELD),
+        (OSError("disk"), FAILURE),
+        (RuntimeError("a task"), FAILURE),
+    ],
 )
 def test_what_a_stage_asks_to_look_at_is_told_however_the_next_one_ends(folder, capsys, monkeypatch, latents, code):
     def stage(job: PreprocessJob, name: str) -> str | None:

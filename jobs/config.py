@@ -34,6 +34,7 @@ from pipelines.capacity import CPUPool, GPUPool, PlannedStage, Store
 from pipelines.config import (
     Count,
     CropConfig,
+    DriverConfig,
     Positive,
     RetentionConfig,
     SourceConfig,
@@ -47,7 +48,6 @@ from pipelines.evaluate.config import EvaluateConfig, GenerateConfig, Reconstruc
 from pipelines.preprocess.config import (
     AlertConfig,
     BucketConfig,
-    DriverConfig,
     EncodeConfig,
     FilterConfig,
     ScoringConfig,
@@ -226,6 +226,8 @@ class TrainVAEJob(TrainingJob):
 
     task: VAETaskConfig
     """Networks, images and loss."""
+    driver: DriverConfig = Field(default_factory=DriverConfig)
+    """The process that lists the images before the run begins."""
 
     @model_validator(mode="after")
     def _check_task(self) -> Self:

@@ -40,6 +40,7 @@ def train_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
                 settings=settings(job),
                 begin=begin,
                 labels=job.ray.label_selector,
+                driver=job.driver if isinstance(job, TrainVAEJob) else None,
             )
     except InUseError as error:
         raise JobError(str(error), USAGE_ERROR) from error

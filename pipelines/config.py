@@ -73,6 +73,17 @@ def all_sources(source: SourceConfig | None, sources: tuple[SourceConfig, ...]) 
 
 
 @dataclass(frozen=True, kw_only=True)
+class DriverConfig:
+    """What the process that lists, plans and commits takes of its machine. Rows that do not fit go to its disk."""
+
+    memory_mib: Annotated[int, Ge(16)] = 128
+    """Memory for rows on their way, MiB: a guide and no limit. Besides it comes what is read at a time, some 150."""
+    folder: str | None = None
+    """Folder of temporary files on this machine, up to 300 bytes a row; None for the system's. Its files have no names
+    and go with the process, however that ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CropConfig:
     """How an image is brought to its bucket, after the shorter fit."""
 

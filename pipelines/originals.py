@@ -47,6 +47,11 @@ class Originals:
         self._reader(storage, name).read_into(memoryview(span), row[Column.OFFSET])
         return unpack(bytes(span), row[Column.CODEC], row[Column.SKIP] or 0, row[Column.FILE_SIZE])
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the sources, in order."""
+        return sorted(self._storages)
+
     def weight(self, source: str) -> float:
         """How often the images of a source are seen in an epoch."""
         return self._weights[source]

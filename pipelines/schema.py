@@ -219,16 +219,6 @@ def pair_array(table: pa.Table, name: Column) -> np.ndarray:
     return column.flatten().to_numpy().reshape(-1, 2)
 
 
-def masks_of_pairs(table: pa.Table, name: Column) -> dict[tuple[int, int], pa.Array]:
-    """Which rows have each of the pairs in a column without nulls; pairs in ascending order."""
-    pairs = pair_array(table, name).astype(np.int64)
-    codes = pairs[:, 0] << 32 | pairs[:, 1]
-    return {
-        (code >> 32, code & 0xFFFF_FFFF): pa.array(codes == code)  # sides in pixels are no negative numbers
-        for code in np.unique(codes).tolist()
-    }
-
-
 def digest(value: Any) -> str:
     """32 hex digits that stand for a JSON value: the same for equal values, on every machine."""
     return hashlib.sha256(JSON.encode(value).encode()).hexdigest()[:32]
@@ -341,17 +331,6 @@ def data_files(dataset: Storage, manifest: Manifest) -> list[DataFile]:
     return [DataFile(**row | {"bucket": row["bucket"] and (row["bucket"][0], row["bucket"][1])}) for row in rows]
 
 
-def kept_rows(index: Storage, manifest: Manifest) -> pa.Table:
-    """The index rows that are kept, with their kept captions and the key that their latents row has, sorted by it."""
-    columns = [name for name in INDEX_SCHEMA.names if name not in INDEX_ONLY]
-    names = [file.name for file in data_files(index, manifest)]
-    tables = [kept(rows) for rows in index.read_tables(names, columns)]
-    rows = pa.concat_tables(tables or [kept(INDEX_SCHEMA.empty_table().select(columns))])
-    if COMPUTED in manifest.facts:
-        rows = with_computed(rows, index, manifest.facts[COMPUTED]).drop_columns([Column.CLIP_SIMILARITY])
-    return with_latents_key(rows).sort_by(Column.KEY)
-
-
 def with_latents_key(rows: pa.Table) -> pa.Table:
     """Kept index rows with the key that their latents row has, in place of their own or of none."""
     keys = row_digests(rows.select(LATENTS_IDENTITY))
@@ -369,16 +348,3 @@ def kept(rows: pa.Table) -> pa.Table:
 
 def _with(rows: pa.Table, name: Column, values: pa.Array) -> pa.Table:
     return rows.set_column(rows.schema.get_field_index(name), INDEX_SCHEMA.field(name), values)
-
-
-def with_computed(rows: pa.Table, index: Storage, folder: str) -> pa.Table:
-    """Index rows with clip_similarity, and aesthetic_score where it is null, from the files of computed scores."""
-    columns = [Column.KEY, Column.CLIP_SIMILARITY, Column.AESTHETIC_SCORE]
-    tables = list(index.read_tables([file.name for file in index.list(folder)], columns))
-    if not tables:
-        return rows.append_column(Column.CLIP_SIMILARITY, pa.nulls(rows.num_rows, pa.float32()))
-    computed = pa.concat_tables(tables)
-    computed = computed.take(pc.index_in(rows.column(Column.KEY), value_set=computed.column(Column.KEY)))
-    aesthetic = pc.coalesce(rows.column(Column.AESTHETIC_SCORE), computed.column(Column.AESTHETIC_SCORE))
-    rows = _with(rows, Column.AESTHETIC_SCORE, aesthetic)
-    return rows.append_column(Column.CLIP_SIMILARITY, computed.column(Column.CLIP_SIMILARITY))

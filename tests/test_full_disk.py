@@ -23,10 +23,10 @@ from model.config import VAE_PRESETS
 from model.vae import VAE
 from model.weights import Kind, save_weights
 from pipelines.checkpoints import PROGRESS, Run, newest_checkpoint, read_progress, write_shard
+from pipelines.config import DriverConfig
 from pipelines.lease import lease
 from pipelines.outbox import Entry, Outbox
-from pipelines.preprocess.config import DriverConfig
-from pipelines.preprocess.runs import Work
+from pipelines.runs import Work
 from pipelines.storage import Storage
 from tests.in_process import without_ray
 from tests.test_survival import content

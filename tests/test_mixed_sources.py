@@ -15,6 +15,7 @@ from PIL import Image
 from pipelines.config import (
     ColumnsConfig,
     CropConfig,
+    DriverConfig,
     SourceConfig,
     StageResources,
     TextWeightsConfig,
@@ -26,11 +27,14 @@ from pipelines.preprocess.config import AlertConfig, BucketConfig, EncodeConfig,
 from pipelines.preprocess.crop import crop_images, rows_of_crops
 from pipelines.preprocess.pipeline import Outcome, build_index, build_latents
 from pipelines.preprocess.write import FAILURE
-from pipelines.schema import data_files, kept_rows
+from pipelines.runs import Work
+from pipelines.schema import data_files
 from pipelines.storage import Storage, StorageOptions
 from pipelines.train.batches import ImageReader, LatentReader
+from pipelines.train.listed import list_images
 from tests.conftest import Cluster
 from tests.pipelines.test_containers import sample, save_dataset, write_tar
+from tests.reference import kept_rows
 
 KEPT = 9
 MAX_PIXELS = 10_000
@@ -105,13 +109,9 @@ def test_every_kind_of_source_becomes_one_index_that_later_stages_read_by(cluste
     assert (several["captions"], several["caption_weights"]) == (["caption 8", "another of 8"], [0.75, 0.25])
     cropped = crop_images(rows_of_crops(kept, 1), originals, crop, MAX_PIXELS)
     assert cropped.column(FAILURE).null_count == KEPT
-    reader = ImageReader(dataset, first.manifest, originals, crop, MAX_PIXELS)
-    assert {file.name: (file.rows, file.weight) for file in reader.files} == {
-        "32x32/folder": (2, 1.0),
-        "32x32/saved": (3, 1.0),
-        "32x32/tables": (2, 2.0),
-        "32x32/tars": (2, 1.0),
-    }
+    list_images(output := Storage(str(tmp_path / "run")), dataset, first.manifest, originals, Work(DriverConfig()))
+    reader = ImageReader(output, originals, crop, MAX_PIXELS)
+    assert [(file.rows, file.weight) for file in reader.files] == [(2, 1.0), (3, 1.0), (2, 2.0), (2, 1.0)]  # by source
     rows = np.array([[number, row] for number, file in enumerate(reader.files) for row in range(file.rows)])
     assert reader.read(rows, (32, 32), first=0).image.shape == (KEPT, 3, 32, 32)
     assert sorted(reader.names(rows))[:3] == ["folder:0.png", "folder:1.png", "saved:data-00000-of-00002.arrow#0"]

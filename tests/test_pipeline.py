@@ -23,9 +23,10 @@ from pipelines import networks
 from pipelines.checkpoints import newest_checkpoint
 from pipelines.config import EXPERIMENTS, WeightsConfig
 from pipelines.images import content_id, fit
-from pipelines.schema import Column, data_files, kept_rows, pair_array, require_manifest, tensor_array
+from pipelines.schema import Column, data_files, pair_array, require_manifest, tensor_array
 from pipelines.storage import Storage, StorageOptions
 from tests.conftest import SCHEDULE, Finished
+from tests.reference import kept_rows
 
 
 def rows(dataset: Storage, kind: str) -> list[dict]:

@@ -14,8 +14,8 @@ from pipelines.config import Size
 from pipelines.preprocess.config import BucketConfig
 from pipelines.preprocess.crop import ORDER
 from pipelines.preprocess.measure import sizes
-from pipelines.preprocess.runs import CODE, Runs, Work, codes_of, parts
 from pipelines.preprocess.write import cut
+from pipelines.runs import CODE, KEY_BITS, Runs, Work, codes_within, parts
 from pipelines.schema import INDEX_SCHEMA, Column, pair_array, pair_column
 
 SDXL_RESOLUTION, SDXL_STEP = 1024, 64
@@ -24,7 +24,6 @@ SDXL_RESOLUTION, SDXL_STEP = 1024, 64
 SDXL_SIDES = range(512, 2048 + 1, SDXL_STEP)
 SDXL_LEAST_AREA = 0.90
 SDXL_MISSING = (1344, 704)
-KEY_BITS = np.uint64(44)  # of a code, for the beginning of a key; the rest is for bucket and source
 
 
 def bucket_table(config: BucketConfig) -> tuple[Size, ...]:
@@ -97,7 +96,7 @@ def _in_order(crops: Iterable[pa.Table], buckets: Sequence[Size], sources: pa.Ar
         runs = runs or work.runs(rows.schema)
         of_source = pc.index_in(rows.column(Column.SOURCE), value_set=sources).to_numpy()
         rank = np.searchsorted(known, _bucket_codes(rows)) * len(sources) + of_source
-        runs.add(rank.astype(np.uint64) << KEY_BITS | codes_of(rows.column(ORDER)) >> (np.uint64(64) - KEY_BITS), rows)
+        runs.add(codes_within(rank, rows.column(ORDER)), rows)
     if runs is None:
         return
     for (part,) in parts(runs):

@@ -131,14 +131,3 @@ class AlertConfig:
     """Share of rejected new images above which nothing is committed, and the job ends with status 4. 1 never holds."""
     hold_loss_share: Share = 1.0
     """Share of kept rows that may go at once; above it nothing is committed, and the job ends with status 4."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DriverConfig:
-    """What the process that lists, plans and commits takes of its machine. Rows that do not fit go to its disk."""
-
-    memory_mib: Annotated[int, Ge(16)] = 128
-    """Memory for rows on their way, MiB: a guide and no limit. Besides it comes what is read at a time, some 150."""
-    folder: str | None = None
-    """Folder of temporary files on this machine, up to 300 bytes a row; None for the system's. Its files have no names
-    and go with the process, however that ends."""

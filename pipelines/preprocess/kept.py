@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 
 from pipelines.originals import Originals
 from pipelines.preprocess.crop import rows_of_crops
-from pipelines.preprocess.runs import Work
 from pipelines.preprocess.stored import stored, want
 from pipelines.preprocess.verdicts import Scores
+from pipelines.runs import Work
 from pipelines.schema import (
     COMPUTED,
     INDEX_ONLY,

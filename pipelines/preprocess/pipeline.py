@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from ray.data import Dataset
 
 from pipelines import networks
-from pipelines.config import CropConfig, SourceConfig, StageResources, TextWeightsConfig, WeightsConfig
+from pipelines.config import CropConfig, DriverConfig, SourceConfig, StageResources, TextWeightsConfig, WeightsConfig
 from pipelines.lease import Lease
 from pipelines.originals import Originals
 from pipelines.preprocess.alert import Change, judge
@@ -23,7 +23,6 @@ from pipelines.preprocess.bucket import assign_buckets, blocks_by_bucket, bucket
 from pipelines.preprocess.config import (
     AlertConfig,
     BucketConfig,
-    DriverConfig,
     EncodeConfig,
     FilterConfig,
     ScoringConfig,
@@ -34,13 +33,13 @@ from pipelines.preprocess.filter import MEASURED
 from pipelines.preprocess.kept import Kept
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.plan import Plan, planned, read_units, remove_plans
-from pipelines.preprocess.runs import Work
 from pipelines.preprocess.sources.listing import ERROR, NUMBER, Inputs, forget_listings, unlisted, write_listings
 from pipelines.preprocess.sources.survey import Container, survey
 from pipelines.preprocess.stored import Stored, Wanted, select, stored, want
 from pipelines.preprocess.verdicts import Scores, decide_all
 from pipelines.preprocess.write import FAILURE, collect_garbage, cut_all, write_units
 from pipelines.progress import progress
+from pipelines.runs import Work
 from pipelines.schema import (
     COMPUTED,
     MANIFEST,

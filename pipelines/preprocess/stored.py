@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.preprocess.runs import Runs, Work, codes_of, parts
 from pipelines.preprocess.write import write_rows
+from pipelines.runs import Runs, Work, codes_of, parts
 from pipelines.schema import ROWS_AT_A_TIME, Column, digest
 from pipelines.storage import Storage
 

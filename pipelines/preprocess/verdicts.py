@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 from pipelines.preprocess.alert import Change
 from pipelines.preprocess.config import FilterConfig
 from pipelines.preprocess.filter import caption_counts, judge, mark_duplicates, mark_near_duplicates
-from pipelines.preprocess.runs import CODE, InOrder, Runs, codes_of, parts
 from pipelines.preprocess.stored import AMENDED, NUMBER, PLACE, Stored, first_ones
 from pipelines.preprocess.stored import Change as ChangeRows
+from pipelines.runs import CODE, InOrder, Runs, codes_of, parts
 from pipelines.schema import INDEX_SCHEMA, Column
 
 JUDGED = [  # what verdicts follow from

@@ -10,13 +10,11 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -28,8 +26,9 @@ from pipelines.images import content_id, read_crop
 from pipelines.latents import LatentFile
 from pipelines.originals import Originals
 from pipelines.ranges import RangeReader
-from pipelines.schema import Column, DataFile, Manifest, data_files, kept_rows, masks_of_pairs
+from pipelines.schema import Column, DataFile, Manifest, data_files
 from pipelines.storage import Storage
+from pipelines.train.listed import ListedImages
 from pipelines.train.lost import NEIGHBOURS, LostImage, LostImages
 from pipelines.train.plan import Plan, PlannedBatch, cut_step
 
@@ -266,8 +265,7 @@ class ImageReader:
 
     def __init__(
         self,
-        index: Storage,
-        manifest: Manifest,
+        output: Storage,
         originals: Originals,
         crop: CropConfig,
         max_pixels: int,
@@ -275,18 +273,13 @@ class ImageReader:
         lost: LostImages | None = None,
         decoders: int = DECODERS,
     ) -> None:
-        """`lost` says how many images may be lost, and keeps which; None is none. `decoders` images are decoded at a
-        time, while others are waited for.
+        """`output` is the run's folder, in which its images are listed. `lost` says how many of them may be lost, and
+        keeps which; None is none. `decoders` images are decoded at a time, while others are waited for.
 
         Raises ValueError where `originals` lacks a source of the index.
         """
-        groups = images_by_bucket(index, manifest)
-        self._images = [images for _, images in groups]
-        for images in self._images:
-            originals.check(images)
-        self.files = [
-            replace(file, weight=originals.weight(images.column(Column.SOURCE)[0].as_py())) for file, images in groups
-        ]
+        self._images = ListedImages(output, originals)
+        self.files = self._images.files
         self._originals, self._crop, self._max_pixels = originals, crop, max_pixels
         self._lost = lost or LostImages()
         self._pool = ThreadPoolExecutor(max(REMOTE_READERS, 2 * decoders))  # most of them wait, for storage or below
@@ -296,16 +289,16 @@ class ImageReader:
         """Rows [B, 2] as images; the crop is drawn from the image's number in the run."""
         numbers = range(first, first + len(rows))
         self._lost.saw(len(rows))
-        crops = list(self._pool.map(self._read_crop, rows.tolist(), [bucket] * len(rows), numbers))
+        known = self._images.rows(rows, self._pool)
+        crops = list(self._pool.map(self._read_crop, rows.tolist(), known, [bucket] * len(rows), numbers))
         image = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
         return ImageBatch(first=first, bucket=bucket, image=image.contiguous())
 
     def names(self, rows: np.ndarray) -> list[str]:
         """The names of rows [B, 2]: source:path."""
-        return [_name(self._known(file, row)) for file, row in rows.tolist()]
+        return [_name(known) for known in self._images.rows(rows, self._pool)]
 
-    def _read_crop(self, row: Sequence[int], bucket: Size, number: int) -> np.ndarray:
-        known = self._known(row[0], row[1])
+    def _read_crop(self, row: Sequence[int], known: dict[str, Any], bucket: Size, number: int) -> np.ndarray:
         try:
             return self._crop_of(known, bucket, number)
         except LostError as error:
@@ -317,10 +310,10 @@ class ImageReader:
         self, row: Sequence[int], lost: dict[str, Any], bucket: Size, number: int, why: LostError
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """The crop of the image that stands for a lost one, and its row."""
-        share, count = self._lost.held_out_share, self._images[row[0]].num_rows
+        share, count = self._lost.held_out_share, self.files[row[0]].rows
         held_out = is_held_out(lost[Column.ID], share)
         for step in range(1, min(NEIGHBOURS, count - 1) + 1):
-            known = self._known(row[0], (row[1] + step) % count)
+            known = self._images.row(row[0], (row[1] + step) % count)
             if is_held_out(known[Column.ID], share) != held_out:
                 continue
             with suppress(LostError):  # it is told of when it is its own turn
@@ -349,9 +342,6 @@ class ImageReader:
             except Exception as error:
                 raise LostError(f"it cannot be decoded here: {error}") from error
 
-    def _known(self, file: int, row: int) -> dict[str, Any]:
-        return self._images[file].slice(row, 1).to_pylist()[0]
-
 
 class LostError(Exception):
     """An image that the index keeps is not there any more."""
@@ -359,18 +349,3 @@ class LostError(Exception):
 
 def _name(known: dict[str, Any]) -> str:
     return f"{known[Column.SOURCE]}:{known[Column.PATH]}"
-
-
-def images_by_bucket(index: Storage, manifest: Manifest) -> list[tuple[DataFile, pa.Table]]:
-    """The rows of the images that an index keeps, by bucket and source, in order, each as if it were a file."""
-    rows = kept_rows(index, manifest)
-    masks = masks_of_pairs(rows, Column.BUCKET)
-    rows = rows.drop_columns([Column.CAPTIONS, Column.CAPTION_WEIGHTS]).combine_chunks()
-    groups = []
-    for (height, width), mask in masks.items():
-        members = rows.filter(mask)
-        for source in sorted(pc.unique(members.column(Column.SOURCE)).to_pylist()):
-            images = members.filter(pc.equal(members.column(Column.SOURCE), source))
-            name = f"{height}x{width}/{source}"
-            groups.append((DataFile(name=name, rows=images.num_rows, bucket=(height, width)), images))
-    return groups

@@ -16,10 +16,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from model.config import Conditioning
 from pipelines import networks
 from pipelines.checkpoints import RUN, newest_checkpoint, read_progress
-from pipelines.config import TrackingConfig, flat, without_secrets
+from pipelines.config import DriverConfig, TrackingConfig, all_sources, flat, without_secrets
 from pipelines.estimate import trained_parameters
 from pipelines.lease import Lease
+from pipelines.originals import Originals
 from pipelines.progress import progress
+from pipelines.runs import Work
 from pipelines.schema import Manifest, require_manifest
 from pipelines.sources import WEIGHTS_FILE
 from pipelines.storage import Storage, StorageOptions
@@ -34,6 +36,7 @@ from pipelines.train.config import (
     WorkersConfig,
 )
 from pipelines.train.failures import Trainer
+from pipelines.train.listed import LIST, list_images
 from pipelines.train.loop import Training, train_on_worker
 from pipelines.train.optimizers import check_installed, check_sizes
 from pipelines.train.validation import hold_out
@@ -43,6 +46,7 @@ FREE_SETTINGS = (
     "tracking.",
     "storage.",
     "ray.",
+    "driver.",
     "task.samples.",
     "task.lost_share",
     "batch.micro_size",
@@ -82,6 +86,7 @@ def train(
     settings: Mapping[str, Any],
     begin: Callable[[], None],
     labels: Mapping[str, str],
+    driver: DriverConfig | None = None,
 ) -> int:
     """Train to schedule.images; gives how many more that is than were finished before: 0 if there is nothing to do.
 
@@ -111,7 +116,12 @@ def train(
     _check_checkpoint(output, done)
     if isinstance(task, DenoiserTaskConfig):
         check_latents(task, manifest, options)
+    elif before is not None:
+        _check_list(output)
     begin()
+    if isinstance(task, VAETaskConfig) and before is None:
+        originals = Originals(all_sources(task.source, task.sources), options)
+        list_images(output, dataset, manifest, originals, Work(driver or DriverConfig()))
     if batch.validation_share and before is None:
         hold_out(output, dataset, manifest, batch.validation_share)
     same = before is not None and before["tracking_uri"] == without_secrets(uri)
@@ -229,6 +239,15 @@ def _check_checkpoint(output: Storage, done: int) -> None:
         raise ValueError(
             f"{output.uri} was trained to {done} images, and its checkpoints are gone; to go on from its weights, name "
             "them in a run with another output"
+        )
+
+
+def _check_list(output: Storage) -> None:
+    """Raise ValueError unless a run on images that has begun has its list of them: another order is another run."""
+    if not output.exists(LIST):
+        raise ValueError(
+            f"{output.uri}: {LIST}, the order of its images, is not there: an earlier version began this run, or it "
+            "was deleted; go on from its weights in another output"
         )
 
 

@@ -140,7 +140,15 @@ def _task(training: Training, device: torch.device) -> Task:
     if isinstance(training.task, DenoiserTaskConfig):
         return DenoiserTask(training.task, training.batch, training.pinned, training.options, device)
     decoders = max(1, int(training.workers.cpus))
-    return VAETask(training.task, training.batch, training.pinned, training.options, device, decoders=decoders)
+    return VAETask(
+        training.task,
+        training.batch,
+        training.pinned,
+        training.options,
+        device,
+        output=training.output,
+        decoders=decoders,
+    )
 
 
 def _engines(task: Task, training: Training, device: torch.device) -> dict[str, Engine]:

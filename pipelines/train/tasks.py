@@ -255,17 +255,17 @@ class VAETask:
         options: StorageOptions,
         device: torch.device,
         *,
+        output: Storage,
         decoders: int = DECODERS,
     ) -> None:
-        """`pinned` is the digest of the index's manifest; `decoders` images are decoded at a time."""
+        """`pinned` is the digest of the index's manifest, `output` the run's folder, in which its images are listed;
+        `decoders` images are decoded at a time."""
         index = Storage(config.index, options)
         manifest = require_manifest(index, "index", pinned)
         originals = Originals(all_sources(config.source, config.sources), options)
         max_pixels = int(manifest.fingerprint["max_pixels"])
         self.lost: LostImages | None = LostImages(config.lost_share, batch.validation_share)
-        self.reader: Reader = ImageReader(
-            index, manifest, originals, config.crop, max_pixels, lost=self.lost, decoders=decoders
-        )
+        self.reader: Reader = ImageReader(output, originals, config.crop, max_pixels, lost=self.lost, decoders=decoders)
         self._config, self._batch, self._device = config, batch, device
         self._vae = networks.vae(config.vae, options)
         self._discriminator = networks.discriminator(config.discriminator, batch.seed)

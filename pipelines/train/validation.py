@@ -15,8 +15,9 @@ from pipelines.config import Size
 from pipelines.heldout import is_held_out
 from pipelines.schema import Column, DataFile, Manifest, data_files
 from pipelines.storage import Storage
-from pipelines.train.batches import LOCAL_READERS, REMOTE_READERS, Batch, Reader, images_by_bucket
+from pipelines.train.batches import LOCAL_READERS, REMOTE_READERS, Batch, Reader
 from pipelines.train.config import BatchConfig, ScheduleConfig
+from pipelines.train.listed import listed_ids
 from pipelines.train.meter import Means
 from pipelines.train.tasks import Task
 
@@ -24,9 +25,12 @@ HELD_OUT = "validation.parquet"  # in the run's folder: file and row of each hel
 
 
 def hold_out(output: Storage, dataset: Storage, manifest: Manifest, share: float) -> int:
-    """Write the run's list of held-out rows; gives their number. Raises ValueError where they are none, or all."""
+    """Write the run's list of held-out rows; gives their number. Raises ValueError where they are none, or all.
+
+    Of an index they are rows of the run's list of images, which is there before.
+    """
     names, rows, ids = [], [], []
-    for file, image_ids in _images(dataset, manifest):
+    for file, image_ids in _images(output, dataset, manifest):
         for row, image_id in enumerate(image_ids):
             if is_held_out(image_id, share):
                 names.append(file)
@@ -124,11 +128,10 @@ class Validation:
             yield counts, self._batches[mine if counts else 0]
 
 
-def _images(dataset: Storage, manifest: Manifest) -> Iterator[tuple[str, Sequence[str]]]:
+def _images(output: Storage, dataset: Storage, manifest: Manifest) -> Iterator[tuple[str, Sequence[str]]]:
     """(file, ids of its rows' images) of each file that a task's reader has, in its order."""
     if manifest.kind == "index":
-        for grouped, images in images_by_bucket(dataset, manifest):
-            yield grouped.name, images.column(Column.ID).to_pylist()
+        yield from listed_ids(output)
         return
     files = data_files(dataset, manifest)
 

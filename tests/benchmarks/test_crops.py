@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from pipelines.config import Size
+from pipelines.config import DriverConfig, Size
 from pipelines.preprocess.bucket import blocks_by_bucket, bucket_table, nearest
-from pipelines.preprocess.config import BucketConfig, DriverConfig, EncodeConfig
-from pipelines.preprocess.runs import Work
+from pipelines.preprocess.config import BucketConfig, EncodeConfig
+from pipelines.runs import Work
 from pipelines.schema import DataFile, pair_column
 from pipelines.train.config import BatchConfig
 from pipelines.train.plan import Plan

@@ -38,6 +38,7 @@ TENSORS = {"latent_mean": (4, 2, 2), "latent_std": (4, 2, 2), "context": (2, 4),
 def test_the_driver(rows: int, tmp_path: Path) -> None:
     run("make_driver", rows, tmp_path)
     show(f"driver, {rows:,} rows", rows, run("driver", rows, tmp_path))
+    show(f"driver of the VAE, {rows:,} rows", rows, run("make_images", rows, tmp_path))
     show(f"worker of the VAE, {rows:,} rows", rows, run("images", rows, tmp_path))
 
 
@@ -196,25 +197,53 @@ def driver(rows: int, folder: Path) -> list[dict[str, Any]]:
     return step.found
 
 
-def images(rows: int, folder: Path) -> list[dict[str, Any]]:
+def make_images(rows: int, folder: Path) -> list[dict[str, Any]]:
+    """The list of a run's images, as the driver writes it before a VAE is trained."""
+    from pipelines.config import DriverConfig
+    from pipelines.originals import Originals
+    from pipelines.runs import Work
     from pipelines.schema import require_manifest
     from pipelines.storage import Storage
-    from pipelines.train.batches import images_by_bucket
+    from pipelines.train.listed import list_images
 
-    index, step = Storage(str(folder / "index")), Steps()
-    manifest = require_manifest(index, "index")
-    held = step("images by bucket", lambda: images_by_bucket(index, manifest), lambda found: f"{len(found)} groups")
-    bytes_held = sum(table.nbytes for _, table in held)
-    step("what stays of it", lambda: None, lambda _: f"{bytes_held / rows:.0f} bytes a row in columns")
+    index, run, step = Storage(str(folder / "index")), Storage(str(folder / "run")), Steps()
+    told = (require_manifest(index, "index"), Originals(setting(folder)["sources"], index.options))
+    step(
+        "list the kept images",
+        lambda: list_images(run, index, *told, Work(DriverConfig())),
+        lambda _: f"{sum(file.size for file in run.list()) / rows:.0f} bytes a row of the index",
+    )
+    return step.found
+
+
+def images(rows: int, folder: Path) -> list[dict[str, Any]]:
+    """A worker of the VAE, but for the pixels."""
+    from pipelines.originals import Originals
+    from pipelines.storage import Storage
+    from pipelines.train.config import BatchConfig
+    from pipelines.train.listed import ListedImages
+    from pipelines.train.plan import Plan
+
+    run, step = Storage(str(folder / "run")), Steps()
+    originals = Originals(setting(folder)["sources"], run.options)
+    found = step("open the list", lambda: ListedImages(run, originals), lambda found: f"{len(found.files):,} files")
+    batch = BatchConfig(global_size=GLOBAL_SIZE, micro_size=GLOBAL_SIZE)
+    plan = step("the batch plan", lambda: Plan(found.files, batch))
+
+    def read() -> int:
+        with ThreadPoolExecutor(8) as pool:
+            return sum(len(found.rows(plan.step(number).rows, pool)) for number in range(STEPS))
+
+    step(f"look up {STEPS} batches of {GLOBAL_SIZE}", read, lambda count: f"{count:,} rows")
     return step.found
 
 
 def listing(step: Steps, index: Any, told: dict[str, Any]) -> None:
-    from pipelines.preprocess.config import DriverConfig
-    from pipelines.preprocess.runs import Work
+    from pipelines.config import DriverConfig
     from pipelines.preprocess.sources.listing import Inputs
     from pipelines.preprocess.sources.survey import survey
     from pipelines.preprocess.stored import stored, want
+    from pipelines.runs import Work
     from pipelines.storage import StorageOptions
 
     work = Work(DriverConfig())
@@ -246,12 +275,11 @@ def make_files(images: int, folder: Path) -> None:
 
 
 def files(images: int, folder: Path) -> list[dict[str, Any]]:
-    from pipelines.config import SourceConfig
-    from pipelines.preprocess.config import DriverConfig
-    from pipelines.preprocess.runs import Work
+    from pipelines.config import DriverConfig, SourceConfig
     from pipelines.preprocess.sources.listing import Inputs
     from pipelines.preprocess.sources.survey import survey
     from pipelines.preprocess.stored import want
+    from pipelines.runs import Work
     from pipelines.storage import Storage, StorageOptions
 
     step, work, source = Steps(), Work(DriverConfig()), SourceConfig(path=str(folder / "images"))
@@ -262,12 +290,12 @@ def files(images: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def planning(step: Steps, index: Any, manifest: Any, sources: list[Any]) -> None:
+    from pipelines.config import DriverConfig
     from pipelines.originals import Originals
     from pipelines.preprocess.bucket import blocks_by_bucket
-    from pipelines.preprocess.config import DriverConfig
     from pipelines.preprocess.kept import Kept
-    from pipelines.preprocess.runs import Work
     from pipelines.preprocess.stored import stored, want
+    from pipelines.runs import Work
     from pipelines.schema import DataFile
     from pipelines.train.config import BatchConfig
     from pipelines.train.plan import Plan
@@ -369,5 +397,8 @@ def worker(rows: int, folder: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    parts = {part.__name__: part for part in (make_driver, driver, make_files, files, images, make_worker, worker)}
+    parts = {
+        part.__name__: part
+        for part in (make_driver, driver, make_files, files, make_images, images, make_worker, worker)
+    }
     print(json.dumps(parts[sys.argv[1]](int(sys.argv[2]), Path(sys.argv[3]))))

@@ -12,12 +12,13 @@ from PIL import Image
 
 from model.config import Conditioning
 from pipelines.captions import in_lists
-from pipelines.config import CropConfig, SourceConfig
+from pipelines.config import CropConfig, DriverConfig, SourceConfig
 from pipelines.images import content_id, crop_pixels, draw_crop
 from pipelines.latents import OF_CAPTIONS, TENSORS
 from pipelines.originals import Originals
 from pipelines.preprocess.write import write_rows
 from pipelines.ranges import RangeReader
+from pipelines.runs import Work
 from pipelines.schema import (
     INDEX_SCHEMA,
     SCHEMA_VERSION,
@@ -31,6 +32,7 @@ from pipelines.storage import Storage, StorageOptions
 from pipelines.train import batches
 from pipelines.train.batches import ImageReader, LatentReader, Slices, draw_caption
 from pipelines.train.config import BatchConfig
+from pipelines.train.listed import list_images
 from pipelines.train.lost import LostImages
 from pipelines.train.plan import Plan
 
@@ -318,11 +320,14 @@ def images(tmp_path, dataset):
         rejected = {"reject_reason": "too_small" if number == 1 else None}
         rows.append(dict.fromkeys(INDEX_SCHEMA.names) | known | sizes | rejected)
     write_rows(pa.Table.from_pylist(rows, INDEX_SCHEMA), dataset, "data/x/a.parquet", "zstd")
-    content = {"counts": {"kept": 4}, "fingerprint": {"schema": SCHEMA_VERSION}, "parents": {}}
+    fingerprint = {"schema": SCHEMA_VERSION, "buckets": [[16, 32], [32, 16]]}
+    content = {"counts": {"kept": 4}, "fingerprint": fingerprint, "parents": {}}
     manifest = write_manifest(dataset, [DataFile(name="data/x/a.parquet", rows=5)], kind="index", **content)
     crop = CropConfig(flip_chance=0.5)
     originals = Originals([SourceConfig(path=source.uri)], source.options)
-    return ImageReader(dataset, manifest, originals, crop, 10_000), pictures, crop, source
+    output = Storage(str(tmp_path / "run"))
+    list_images(output, dataset, manifest, originals, Work(DriverConfig()))
+    return ImageReader(output, originals, crop, 10_000), pictures, crop, source
 
 
 def test_kept_images_are_read_by_bucket(images):
@@ -382,7 +387,7 @@ def test_for_an_image_that_is_lost_another_stands_the_same_in_every_cut_of_the_s
 def test_no_held_out_image_stands_for_one_that_is_trained_on(images, monkeypatch):
     reader, _, _, source = images
     (first,) = reader.names(np.array([[0, 0]]))
-    held_out = reader._known(0, 1)["id"]
+    held_out = reader._images.row(0, 1)["id"]
     monkeypatch.setattr(batches, "is_held_out", lambda image_id, share: share == 0.5 and image_id == held_out)
     reader._lost = LostImages(most_share=1.0, held_out_share=0.5)
     source.delete(first.partition(":")[2])

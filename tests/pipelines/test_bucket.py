@@ -5,10 +5,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.preprocess import runs
+from pipelines import runs
+from pipelines.config import DriverConfig
 from pipelines.preprocess.bucket import assign_buckets, blocks_by_bucket, bucket_table, nearest
-from pipelines.preprocess.config import BucketConfig, DriverConfig
-from pipelines.preprocess.runs import Work
+from pipelines.preprocess.config import BucketConfig
+from pipelines.runs import Work
 from pipelines.schema import INDEX_SCHEMA, pair_column
 
 WIDE = (  # SDXL Appendix I, height x width, the sizes that are wider than high

@@ -8,16 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.config import SourceConfig
+from pipelines.config import DriverConfig, SourceConfig
 from pipelines.originals import Originals
 from pipelines.preprocess import kept as module
-from pipelines.preprocess.config import DriverConfig
 from pipelines.preprocess.crop import rows_of_crops
 from pipelines.preprocess.kept import Kept
-from pipelines.preprocess.runs import Work
 from pipelines.preprocess.write import write_rows
-from pipelines.schema import COMPUTED, INDEX_SCHEMA, SCHEMA_VERSION, DataFile, Manifest, kept_rows, write_manifest
+from pipelines.runs import Work
+from pipelines.schema import COMPUTED, INDEX_SCHEMA, SCHEMA_VERSION, DataFile, Manifest, write_manifest
 from pipelines.storage import Storage, StorageOptions
+from tests.reference import kept_rows
 
 WEIGHTS = {"one": 1.0, "two": 2.5}
 

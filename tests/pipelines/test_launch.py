@@ -8,7 +8,8 @@ import pytest
 from pipelines.storage import Storage
 from pipelines.train import launch
 from pipelines.train.config import WorkersConfig
-from pipelines.train.launch import _check_checkpoint, _check_unchanged
+from pipelines.train.launch import _check_checkpoint, _check_list, _check_unchanged
+from pipelines.train.listed import LIST
 
 LPIPS = {"preset": "vgg16", "trunk": "/t", "heads": "/h"}
 
@@ -58,6 +59,14 @@ def test_a_run_never_starts_afresh_unnoticed(tmp_path):
         _check_checkpoint(run, 0)
     run.write("checkpoints/checkpoint_a/unet/rank_00000.safetensors", b"12345678")
     _check_checkpoint(run, 80)
+
+
+def test_a_run_on_images_without_its_list_of_them_is_not_gone_on_with(tmp_path):
+    run = Storage(str(tmp_path))
+    with pytest.raises(ValueError, match=r"images\.parquet, the order of its images, is not there"):
+        _check_list(run)
+    run.write(LIST, b"")
+    _check_list(run)
 
 
 @pytest.mark.parametrize(("labels", "asked"), [({"work": "train"}, {"work": "train"}), ({}, None)])

@@ -5,8 +5,9 @@ import pytest
 from pipelines.evaluate.config import PromptColumns, PromptsConfig
 from pipelines.evaluate.prompts import batches, index_rows, read_prompts
 from pipelines.heldout import is_held_out
-from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, DataFile, kept_rows, require_manifest, write_manifest
+from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, DataFile, require_manifest, write_manifest
 from pipelines.storage import Storage, StorageOptions
+from tests.reference import kept_rows
 
 OPTIONS = StorageOptions()
 

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.preprocess import runs as module
-from pipelines.preprocess.config import DriverConfig
-from pipelines.preprocess.runs import CODE, InOrder, Runs, Work, codes_of, parts
+from pipelines import runs as module
+from pipelines.config import DriverConfig
+from pipelines.runs import CODE, InOrder, Runs, Work, codes_of, parts
 
 SCHEMA = pa.schema([pa.field("text", pa.string()), pa.field("number", pa.int64())])
 

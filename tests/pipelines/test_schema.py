@@ -15,7 +15,6 @@ from pipelines.schema import (
     Reject,
     data_files,
     digest,
-    kept_rows,
     latents_schema,
     pair_array,
     pair_column,
@@ -27,6 +26,7 @@ from pipelines.schema import (
     write_manifest,
 )
 from pipelines.storage import Storage
+from tests.reference import kept_rows
 
 ROW = {
     "key": "k",

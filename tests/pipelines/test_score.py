@@ -23,8 +23,9 @@ from pipelines.preprocess.config import AlertConfig, BucketConfig, FilterConfig,
 from pipelines.preprocess.pipeline import Outcome, build_index
 from pipelines.preprocess.score import Scorer, fingerprint
 from pipelines.preprocess.write import FAILURE
-from pipelines.schema import Column, kept_rows
+from pipelines.schema import Column
 from pipelines.storage import Storage, StorageOptions
+from tests.reference import kept_rows
 
 OPTIONS = StorageOptions()
 CLIP_SHAPE = {

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.preprocess import runs as runs_module
-from pipelines.preprocess.config import DriverConfig
-from pipelines.preprocess.runs import Work
+from pipelines import runs as runs_module
+from pipelines.config import DriverConfig
 from pipelines.preprocess.stored import Change, Stored, select, stored, want
 from pipelines.preprocess.write import write_rows
+from pipelines.runs import Work
 from pipelines.schema import INDEX_SCHEMA
 from pipelines.storage import Storage
 

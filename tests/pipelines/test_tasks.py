@@ -29,7 +29,7 @@ from model.vae_loss import adaptive_weight, adversarial_loss, divergence_loss, h
 from pipelines import networks
 from pipelines.config import LPIPSWeightsConfig, SamplingConfig, SourceConfig, TextWeightsConfig, WeightsConfig
 from pipelines.schema import DataFile
-from pipelines.storage import StorageOptions
+from pipelines.storage import Storage, StorageOptions
 from pipelines.train import outputs, tasks
 from pipelines.train.batches import ImageBatch, LatentBatch
 from pipelines.train.config import BatchConfig, DenoiserTaskConfig, VAETaskConfig
@@ -190,7 +190,7 @@ def autoencoder(lpips: LPIPSWeightsConfig | None = None, **loss) -> tasks.VAETas
         loss=VAELossConfig(**loss),
         lpips=lpips,
     )
-    return tasks.VAETask(config, BATCH, "", StorageOptions(), CPU)
+    return tasks.VAETask(config, BATCH, "", StorageOptions(), CPU, output=Storage("run"))
 
 
 def pictures(first: int = 0) -> ImageBatch:

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipelines.config import SourceConfig, StageResources
+from pipelines import runs
+from pipelines.config import DriverConfig, SourceConfig, StageResources
 from pipelines.lease import Lease, LeaseLostError, lease
 from pipelines.originals import Originals
-from pipelines.preprocess import runs
 from pipelines.preprocess.alert import Change
 from pipelines.preprocess.bucket import assign_buckets, bucket_table
-from pipelines.preprocess.config import AlertConfig, BucketConfig, DriverConfig, FilterConfig, ScoreLimits
+from pipelines.preprocess.config import AlertConfig, BucketConfig, FilterConfig, ScoreLimits
 from pipelines.preprocess.filter import (
     FILTERS,
     MEASURED,
@@ -31,14 +31,15 @@ from pipelines.preprocess.filter import (
 )
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.pipeline import Outcome, _commit_latents, build_index
-from pipelines.preprocess.runs import Work
 from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.preprocess.sources.survey import survey
 from pipelines.preprocess.stored import select, stored, want
 from pipelines.preprocess.verdicts import decide_all
 from pipelines.preprocess.write import cut, write_rows, write_units
-from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, Column, Reject, data_files, kept_rows
+from pipelines.runs import Work
+from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, Column, Reject, data_files
 from pipelines.storage import Storage, StorageOptions
+from tests.reference import kept_rows
 
 BUCKETS = BucketConfig(resolution=64, multiple=8)
 

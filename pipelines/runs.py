@@ -21,13 +21,14 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.preprocess.config import DriverConfig
+from pipelines.config import DriverConfig
 from pipelines.storage import naming_full_disk
 
 CODE = "code"  # column of the rows that come back
 SHARES = 16  # a run and a part take so much of the memory that is allowed: several are held, and copied, at a time
 SAMPLED = 256  # one of so many codes says where parts may end
 CODE_BYTES = 8
+KEY_BITS = np.uint64(44)  # of a code, for the beginning of a key within a group; the rest is the group's number
 
 
 class Work:
@@ -205,3 +206,8 @@ def codes_of(texts: pa.ChunkedArray | pa.Array) -> np.ndarray:
         there = lengths > place
         codes[there] |= values[starts[there] + place].astype(np.uint64) << np.uint64(8 * (CODE_BYTES - 1 - place))
     return codes
+
+
+def codes_within(groups: np.ndarray, texts: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Codes in the order of groups, numbers [N] below 2^20, and within one in that of the texts: uint64 [N]."""
+    return groups.astype(np.uint64) << KEY_BITS | codes_of(texts) >> (np.uint64(64) - KEY_BITS)

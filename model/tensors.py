@@ -12,7 +12,7 @@ import os
 import pickle
 import uuid
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -125,9 +125,7 @@ def read_file(path: Name, allow_pickle: bool = False) -> dict[str, Stored]:
 
 def read_folder(folder: Name, allow_pickle: bool = False) -> dict[str, Stored]:
     """What a model folder of diffusers or transformers holds, in one file or in shards."""
-    names = weight_files(
-        folder, os.listdir(folder), lambda name: json.loads(Path(folder, name).read_text()), allow_pickle
-    )
+    names = weight_files(folder, os.listdir(folder), lambda name: read_json(Path(folder, name)), allow_pickle)
     state: dict[str, Stored] = {}
     for name in names:
         part = read_file(Path(folder, name), allow_pickle)
@@ -142,7 +140,8 @@ def weight_files(
 ) -> list[str]:
     """Which of a model folder's files hold its weights: whole before fp16, and pickles only if there is nothing else.
 
-    Raises FileNotFoundError where none does, and ValueError where only a pickle does, which `allow_pickle` permits.
+    Raises FileNotFoundError where none does, and ValueError where only a pickle does, which `allow_pickle` permits, and
+    for an index that names no file.
     """
     forms = [(stem, "safetensors") for stem in ("diffusion_pytorch_model", "model")]
     pickled = [(stem, "bin") for stem in ("diffusion_pytorch_model", "pytorch_model")]
@@ -152,7 +151,9 @@ def weight_files(
                 whole, index = f"{stem}{variant}.{suffix}", f"{stem}.{suffix}.index{variant}.json"
                 found = [whole] if whole in names else []
                 if not found and index in names:
-                    found = sorted(set(read_json(index)["weight_map"].values()))
+                    found = sorted(set(read_json(index).get("weight_map", {}).values()))
+                    if not found:
+                        raise ValueError(f"{folder}: {index} names no file in its weight_map")
                     if missing := [name for name in found if name not in names]:
                         raise FileNotFoundError(f"{folder}: {index} names {missing}, which are not there")
                 if found and kinds is pickled and not allow_pickle:
@@ -256,7 +257,7 @@ def below(state: State, prefix: str) -> dict[str, Stored]:
 
 
 def check_keys(what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError that lists every key that is missing, unexpected or of another shape."""
+    """Raise ValueError that counts and lists every key that is missing, unexpected or of another shape."""
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
     differ = [
@@ -265,12 +266,33 @@ def check_keys(what: str, found: Mapping[str, tuple[int, ...]], expected: Mappin
         if found[key] != expected[key]
     ]
     if missing or unexpected or differ:
-        raise ValueError(f"{what} does not fit.\nmissing: {missing}\nunexpected: {unexpected}\nshapes: {differ}")
+        reason = ""
+        if is_lora(found):
+            reason = " It is a LoRA, which changes a model and is none: merge it into its model first."
+        elif not found.keys() & expected.keys():
+            reason = " It holds nothing of this network."
+        raise ValueError(
+            f"{what} does not fit: {len(missing)} keys are missing, {len(unexpected)} unexpected, {len(differ)} of "
+            f"another shape.{reason}\nmissing: {missing}\nunexpected: {unexpected}\nshapes: {differ}"
+        )
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether keys are those of a LoRA (arXiv 2106.09685), as trainers of SDXL name them."""
+    return any("lora_" in key.lower() for key in keys)
 
 
 def shapes(state: Mapping[str, Tensor] | State) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, for `check_keys`."""
     return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def read_json(path: Name) -> Any:
+    """What a JSON file holds. Raises ValueError that names the file where it is none."""
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -311,10 +333,10 @@ def _read_pickle(path: Name) -> dict[str, Stored]:
     mapped = zipfile.is_zipfile(path)  # PyTorch's older form cannot be mapped
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:  # whose text says how to run the code
         raise ValueError(
             f"{path} is refused: it holds more than tensors, such as code, or is damaged. Convert it to safetensors "
-            f"where you trust it. {str(error).splitlines()[0] if str(error) else ''}"
+            "where you trust it"
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]

@@ -22,7 +22,7 @@ from model.tensors import (
     read_file,
     read_folder,
 )
-from model.weights import component
+from model.weights import CONFIG, component
 
 TEXT_MODEL = "text_model."  # before the keys of transformers, in public files and in some of its classes
 CLIP_L_PREFIX = "conditioner.embedders.0.transformer."  # in a single file of the base, before "text_model."
@@ -178,6 +178,8 @@ def _read_transformers(tower: TextTowerConfig, source: str, part: str, allow_pic
     if not os.path.isdir(source) and (os.path.isabs(source) or source.startswith(".")):
         raise FileNotFoundError(f"no weights at {source}: there is no such folder")
     folder = component(source, part) if os.path.isdir(source) else _hub_folder(source, allow_pickle)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"no {CONFIG} in {folder}: expected the folder of a text encoder, or of a pipeline")
     found = CLIPTextConfig.from_pretrained(folder)  # which finds the part of a whole CLIP model's, too
     expected = _decisive(tower)
     wrong = {key: (getattr(found, key), value) for key, value in expected.items() if getattr(found, key) != value}

@@ -35,9 +35,11 @@ from model.tensors import (
     below,
     check_keys,
     fill,
+    is_lora,
     raw,
     read_file,
     read_folder,
+    read_json,
     read_metadata,
     shapes,
     stored,
@@ -207,7 +209,7 @@ def _read(
         folder = component(path, kind)
         if not (folder / CONFIG).is_file():
             raise FileNotFoundError(f"no {CONFIG} in {folder}")
-        agreed = agreed_config(json.loads((folder / CONFIG).read_text()), config, str(folder / CONFIG))
+        agreed = agreed_config(read_json(folder / CONFIG), config, str(folder / CONFIG))
         state = from_diffusers(read_folder(folder, allow_pickle), agreed, str(folder))
     else:
         agreed, state = config, _behind(path, PREFIXES[kind], allow_pickle)
@@ -240,7 +242,7 @@ def _own_config(path: Name, kind: Kind, config: UNetConfig | VAEConfig | None) -
 def _behind(path: Name, prefix: str, allow_pickle: bool) -> dict[str, Stored]:
     """A network's part of a single file; all of a file that holds it alone, without a prefix."""
     state = read_file(path, allow_pickle)
-    if any("down_blocks." in key for key in state):
+    if any("down_blocks." in key for key in state) and not is_lora(state):
         raise ValueError(f"{path} has diffusers' names: name its folder, whose {CONFIG} says the network's shape")
     whole = any(key.startswith((*PREFIXES.values(), "conditioner.")) for key in state)
     return below(state, prefix if whole else "")

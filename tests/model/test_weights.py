@@ -97,8 +97,29 @@ def test_a_published_file_loads_each_network_and_ignores_averages(unet, vae, tmp
 def test_a_file_without_the_network_lacks_all_of_its_keys_and_has_no_surplus(unet, tmp_path):
     path = tmp_path / "unet.safetensors"
     save_file({f"model.diffusion_model.{key}": value for key, value in unet.state_dict().items()}, path)
-    with pytest.raises(ValueError, match=r"missing: \['decoder\.conv_in\.bias', [^\n]*\nunexpected: \[\]"):
+    with pytest.raises(
+        ValueError, match=r"nothing of this network.\nmissing: \['decoder\.conv_in\.bias', [^\n]*\nunexpected: \[\]"
+    ):
         load_vae(path, VAE_CONFIG)
+    with pytest.raises(ValueError, match=r"bigG of .* nothing of this network"):
+        load_text_encoders(TEXT_PRESETS["tiny"], str(path), str(path))
+
+
+@pytest.mark.parametrize(
+    "key", ["lora_unet_down_blocks_1.lora_down.weight", "unet.down_blocks.1.proj_in.lora_A.weight"]
+)
+def test_a_lora_is_told_from_a_model(tmp_path, key):
+    path = tmp_path / "style.safetensors"
+    save_file({key: torch.zeros(4, 8)}, path)
+    for load in (
+        lambda: load_unet(path, UNET_CONFIG),
+        lambda: load_vae(path, VAE_CONFIG),
+        lambda: load_text_encoders(TEXT_PRESETS["tiny"], str(path), str(path)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"does not fit: \d+ keys are missing, 1 unexpected.* It is a LoRA.* merge it"
+        ):
+            load()
 
 
 def test_keys_that_do_not_fit_are_listed(unet, vae, tmp_path):
@@ -250,6 +271,10 @@ def test_a_folder_without_weights_says_what_it_lacks(tmp_path):
     (tmp_path / PICKLE).touch()
     with pytest.raises(ValueError, match="allow_pickle"):
         read_folder(tmp_path)
+    for index, message in (("{}", "names no file"), ("<html>", f"{INDEX} is no JSON")):
+        (tmp_path / INDEX).write_text(index)
+        with pytest.raises(ValueError, match=message):
+            read_folder(tmp_path)
     (tmp_path / INDEX).write_text('{"weight_map": {"x": "model-1.safetensors"}}')
     with pytest.raises(FileNotFoundError, match=r"names \['model-1.safetensors'\], which are not there"):
         read_folder(tmp_path)

@@ -113,10 +113,11 @@ def timesteps_leading(steps: int, num_timesteps: int = 1000, offset: int = 1) ->
 def timesteps_trailing(steps: int, num_timesteps: int = 1000) -> list[int]:
     """`steps` descending timesteps, evenly spaced and starting at the noisiest (arXiv 2305.08891, 3.3).
 
-    For 50 steps they are those of sgm's default. diffusers adds the spacing up, and where a timestep lies half-way, as
-    some of 48 steps do, it may take the next one.
+    For 50 steps they are those of sgm's default. The spacing is rounded as by numpy.arange, with which diffusers makes
+    its own: it tells where those end up that lie half-way, as some of 48 steps do.
     """
-    return [round(num_timesteps - k * num_timesteps / steps) - 1 for k in range(steps)]
+    spacing = num_timesteps - (num_timesteps - num_timesteps / steps)
+    return [round(num_timesteps - k * spacing) - 1 for k in range(steps)]
 
 
 def karras_sigmas(steps: int, first: float, last: float, rho: float = 7.0) -> list[float]:

@@ -98,8 +98,12 @@ def sample_ensemble(
 
 
 def euler_step(x: Tensor, x0: Tensor, sigma: float, next_sigma: float) -> Tensor:
-    """One step along the slope dx/dsigma (arXiv 2206.00364, algorithm 1 without its second order), all [B,C,h,w]."""
-    return x + (next_sigma - sigma) * (x - x0) / sigma
+    """One step along the slope dx/dsigma (arXiv 2206.00364, algorithm 1 without its second order), all [B,C,h,w].
+
+    x + (next_sigma - sigma) * (x - x0) / sigma, written without a difference of numbers as large as sigma: a step from
+    4096 to 0 gives x0 itself.
+    """
+    return (next_sigma / sigma) * x + (1.0 - next_sigma / sigma) * x0
 
 
 def ddim_step(x: Tensor, x0: Tensor, sigma: float, next_sigma: float) -> Tensor:
@@ -108,7 +112,8 @@ def ddim_step(x: Tensor, x0: Tensor, sigma: float, next_sigma: float) -> Tensor:
     In sigma form it is Euler's step, and with the noise that `ancestral_levels` gives, Euler ancestral's. It differs
     where the signal is 0: there x holds no x0, so none is subtracted. A run ends at x0 itself, as diffusers' does with
     set_alpha_to_one; the published scheduler_config.json sets that to false, and a DDIM made from it stops at the
-    schedule's first level, some 1e-3 away after 20 steps.
+    schedule's first level, some 1e-3 away after 20 steps. diffusers also takes the step from a timestep t down to
+    t - num_timesteps // steps, which is its next one only where `steps` divides the schedule.
     """
     signal = (true_sigma(sigma) ** 2 + 1.0) ** -0.5
     noisy_latents = x / (sigma**2 + 1.0) ** 0.5
@@ -130,13 +135,14 @@ def dpmpp_2m_step(
 ) -> Tensor:
     """DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), all [B,C,h,w]; `before` is the sigma and x0 of the step before.
 
-    First order without a step before, and down to 0, where the logarithm that it is spaced in ends.
+    Euler's step with an x0 that both steps extrapolate to; without a step before, and down to 0, where the logarithm
+    that it is spaced in ends, with x0 as it is.
     """
     if before is not None and next_sigma > 0:
         before_sigma, before_x0 = before
         ratio = math.log(before_sigma / sigma) / math.log(sigma / next_sigma)
         x0 = x0 + (x0 - before_x0) / (2.0 * ratio)
-    return (next_sigma / sigma) * x + (1.0 - next_sigma / sigma) * x0
+    return euler_step(x, x0, sigma, next_sigma)
 
 
 def default_eta(sampler: SamplerName) -> float:

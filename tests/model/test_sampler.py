@@ -1,6 +1,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -26,6 +27,7 @@ from model.sampler import (
     Guidance,
     ancestral_levels,
     denoiser,
+    euler_step,
     initial_noise,
     noised,
     sample,
@@ -127,6 +129,12 @@ def test_one_known_image_is_reached_exactly_by_every_sampler():
             x = initial_noise(NOISE, levels)
             found = sample(lambda x, sigma, timestep: image, x, levels, sampler=sampler, step_noise=FRESH)
             torch.testing.assert_close(found, image)
+
+
+def test_a_step_from_a_level_without_signal_to_none_gives_x0_to_the_bit():
+    x, x0 = 4096 * NOISE, gaussian(3, 0, 2, SHAPE)
+    assert torch.equal(euler_step(x, x0, 4096.0, 0.0), x0)
+    torch.testing.assert_close(euler_step(x, x0, 4096.0, 1024.0), 0.25 * x + 0.75 * x0)
 
 
 def gaussian_errors(sampler, counts):
@@ -407,6 +415,8 @@ def test_timesteps_descend_within_the_schedule():
                 assert levels.sigmas[-1] == 0
     assert timesteps_trailing(4)[0] == 999
     assert timesteps_leading(4) == [751, 501, 251, 1]
+    for steps in range(1, 1001):  # numpy adds one below 0 at times, and diffusers a step at it
+        assert timesteps_trailing(steps) == (np.arange(1000, 0, -1000 / steps).round()[:steps] - 1).tolist()
     assert noise_levels(40, Spacing.TRAILING, DIFFUSION, below=200).timesteps[::20] == (199, 99)
     for steps, below in ((0, None), (1001, None), (201, 200)):
         with pytest.raises(ValueError, match=f"{steps} steps over"):

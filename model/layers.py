@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from model.functions import gate, group_norm
 
 Run = Callable[..., Tensor]
 """Runs a layer on its inputs: `plainly` or `checkpointed`."""
@@ -44,83 +45,6 @@ def map_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-def fourier(values: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
-    """Features [.., dim] of the numbers `values` [..]: cosines, then sines, at dim / 2 geometric frequencies, in fp32.
-
-    Used for timesteps and, over the same range of frequencies, for sizes in pixels. Source: arXiv 1706.03762, 3.5, with
-    the two halves side by side; SDXL 2.2. Raises ValueError for an odd `dim`.
-    """
-    if dim % 2:
-        raise ValueError(f"Fourier features come in pairs of cosine and sine: dim {dim} is odd")
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=values.device) / half
-    angles = values.float()[..., None] * torch.exp(-math.log(max_period) * exponent)  # [.., dim/2]
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [.., dim]
-
-
-def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with all its parameters zero, so that what it ends adds nothing at first."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm (arXiv 1803.08494) that computes float16 and bfloat16 maps in fp32, as the published training did.
-
-    Some kernels round mean and deviation to the map's type: in bf16, where the mean is ten deviations, the result then
-    shifts by 2% of one.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,C,..] to the same, in its type and memory format."""
-        if x.dtype not in (torch.float16, torch.bfloat16):
-            return super().forward(x)
-        if torch.compiler.is_compiling():  # inductor plans what to keep by itself
-            weight, bias = self.weight.float(), self.bias.float()
-            return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
-        return NormInFloat32.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-
-
-class NormInFloat32(torch.autograd.Function):
-    """GroupNorm of a float16 or bfloat16 map through a copy in fp32, which is not kept for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:  # noqa: PLR0917
-        """[B,C,..] to the same."""
-        batch, channels, size = len(x), x.shape[1], x.shape[2:].numel()
-        ctx.sizes = batch, channels, size, groups
-        result, mean, rstd = torch.native_group_norm(
-            x.float(), weight.float(), bias.float(), batch, channels, size, groups, eps
-        )
-        ctx.save_for_backward(x, weight, mean, rstd)
-        return torch.empty_like(x).copy_(result)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of map, weight and bias, each in its type."""
-        _first_order_only()
-        x, weight, mean, rstd = ctx.saved_tensors
-        single = torch.empty_like(x, dtype=torch.float32).copy_(gradient)  # in the map's memory format
-        found = torch.ops.aten.native_group_norm_backward(
-            single, x.float(), mean, rstd, weight.float(), *ctx.sizes, ctx.needs_input_grad[:3]
-        )
-        to_x, to_weight, to_bias = found
-        return (
-            None if to_x is None else torch.empty_like(x).copy_(to_x),
-            None if to_weight is None else to_weight.to(weight.dtype),
-            None if to_bias is None else to_bias.to(weight.dtype),
-            None,
-            None,
-        )
-
-
-def _first_order_only() -> None:
-    """Raise where a backward pass is to be differentiated itself: these would leave terms out without a word."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("the U-Net's and the VAE's layers have first derivatives only: leave create_graph out")
-
-
 class ResBlock(nn.Module):
     """Two convolutions around the time embedding, added to the input (SDXL Table 1; residual blocks of ADM)."""
 
@@ -145,82 +69,25 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + self.out_layers(hidden)  # [B,C',h,w]
 
 
-class Attention(nn.Module):
-    """Softmax attention of the tokens `x` to the tokens `source`; with source = x it is self-attention."""
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over a map's pixels as tokens, added to the map. Projections are linear, as in SD 2 and XL."""
 
-    def __init__(self, channels: int, source_channels: int, heads: int) -> None:
+    def __init__(self, channels: int, context_dim: int, depth: int, heads: int, groups: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(source_channels, channels, bias=False)
-        self.to_v = nn.Linear(source_channels, channels, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
-
-    def forward(self, x: Tensor, source: Tensor) -> Tensor:
-        """`x` [B,N,C] and `source` [B,T,D] to [B,N,C]."""
-        q, k, v = (
-            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,K,N|T,C/K]
-            for tokens in (self.to_q(x), self.to_k(source), self.to_v(source))
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(channels, context_dim, heads) for _ in range(depth)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v)  # [B,K,N,C/K]
-        return self.to_out(mixed.transpose(1, 2).flatten(2))  # [B,N,C]
+        self.proj_out = zeroed(nn.Linear(channels, channels))
 
-
-def gated(halves: Tensor) -> Tensor:
-    """The first half of the last axis times the exact GELU of the second: [..,2C] to [..,C]."""
-    value, gate = halves.chunk(2, dim=-1)
-    return value * F.gelu(gate)
-
-
-class Gated(torch.autograd.Function):
-    """`gated` that keeps its input alone for the backward pass.
-
-    Plain torch keeps gelu(gate) as well, a seventh of what a transformer block keeps, and copies to join two gradients.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, halves: Tensor) -> Tensor:
-        """[..,2C] to [..,C]."""
-        ctx.save_for_backward(halves)
-        return gated(halves)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """[..,C] to [..,2C]."""
-        _first_order_only()
-        (halves,) = ctx.saved_tensors
-        value, gate = halves.chunk(2, dim=-1)
-        result = torch.empty_like(halves)
-        to_value, to_gate = result.chunk(2, dim=-1)
-        torch.mul(gradient, F.gelu(gate), out=to_value)
-        torch.ops.aten.gelu_backward(gradient * value, gate, grad_input=to_gate)
-        return result
-
-
-class GEGLU(nn.Module):
-    """A linear layer gated by the exact GELU of a second one (arXiv 2002.05202)."""
-
-    def __init__(self, channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(channels, 2 * out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..,C] to [..,out_channels]."""
-        halves = self.proj(x)  # [..,2 out_channels]
-        return gated(halves) if torch.compiler.is_compiling() else Gated.apply(halves)  # inductor plans what to keep
-
-
-class FeedForward(nn.Module):
-    """The transformer's pointwise network, four times as wide inside."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        # The layout counts a dropout of 0 between the two.
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..,C] to [..,C]."""
-        return self.net(x)
+    def forward(self, x: Tensor, context: Tensor, run: Run = plainly) -> Tensor:
+        """`x` [B,C,h,w] and `context` [B,T,D] to [B,C,h,w]; `run` runs each transformer block."""
+        height = x.shape[2]
+        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B,N,C]
+        for block in self.transformer_blocks:
+            tokens = run(block, tokens, context)  # [B,N,C]
+        return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, (height, -1))  # [B,C,h,w]
 
 
 class BasicTransformerBlock(nn.Module):
@@ -243,25 +110,50 @@ class BasicTransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))  # [B,N,C]
 
 
-class SpatialTransformer(nn.Module):
-    """Transformer blocks over a map's pixels as tokens, added to the map. Projections are linear, as in SD 2 and XL."""
+class Attention(nn.Module):
+    """Softmax attention of the tokens `x` to the tokens `source`; with source = x it is self-attention."""
 
-    def __init__(self, channels: int, context_dim: int, depth: int, heads: int, groups: int) -> None:
+    def __init__(self, channels: int, source_channels: int, heads: int) -> None:
         super().__init__()
-        self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels)
-        self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(channels, context_dim, heads) for _ in range(depth)
-        )
-        self.proj_out = zeroed(nn.Linear(channels, channels))
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(source_channels, channels, bias=False)
+        self.to_v = nn.Linear(source_channels, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor, run: Run = plainly) -> Tensor:
-        """`x` [B,C,h,w] and `context` [B,T,D] to [B,C,h,w]; `run` runs each transformer block."""
-        height = x.shape[2]
-        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B,N,C]
-        for block in self.transformer_blocks:
-            tokens = run(block, tokens, context)  # [B,N,C]
-        return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, (height, -1))  # [B,C,h,w]
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        """`x` [B,N,C] and `source` [B,T,D] to [B,N,C]."""
+        q, k, v = (
+            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,K,N|T,C/K]
+            for tokens in (self.to_q(x), self.to_k(source), self.to_v(source))
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v)  # [B,K,N,C/K]
+        return self.to_out(mixed.transpose(1, 2).flatten(2))  # [B,N,C]
+
+
+class FeedForward(nn.Module):
+    """The transformer's pointwise network, four times as wide inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # The layout counts a dropout of 0 between the two.
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..,C] to [..,C]."""
+        return self.net(x)
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by the exact GELU of a second one (arXiv 2002.05202)."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..,C] to [..,C']."""
+        return gate(self.proj(x))  # [..,C'] of [..,2C']
 
 
 class Downsample(nn.Module):
@@ -286,3 +178,32 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,h,w] to [B,C,2h,2w]."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that computes float16 and bfloat16 maps in fp32, as the published training did."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,..] to the same, in its type and memory format."""
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def fourier(values: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
+    """Features [.., dim] of the numbers `values` [..]: cosines, then sines, at dim / 2 geometric frequencies, in fp32.
+
+    Used for timesteps and, over the same range of frequencies, for sizes in pixels. Source: arXiv 1706.03762, 3.5, with
+    the two halves side by side; SDXL 2.2. Raises ValueError for an odd `dim`.
+    """
+    if dim % 2:
+        raise ValueError(f"Fourier features come in pairs of cosine and sine: dim {dim} is odd")
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angles = values.float()[..., None] * torch.exp(-math.log(max_period) * exponent)  # [.., dim/2]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [.., dim]
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer with all its parameters zero, so that what it ends adds nothing at first."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import nn
 
 from model.layers import BasicTransformerBlock, ResBlock
-from model.vae import ResnetBlock
+from model.vae import VAEResBlock
 
-BLOCKS = (ResBlock, BasicTransformerBlock, ResnetBlock)
+BLOCKS = (ResBlock, BasicTransformerBlock, VAEResBlock)
 GRAPHS_PER_BLOCK = 16  # twice the 8 of: training or not, a batch of one or more, a square map or not
 
 

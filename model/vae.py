@@ -113,7 +113,7 @@ class Encoder(nn.Module):
         channels = config.channels
         for level, mult in enumerate(config.channel_mult):
             width = config.channels * mult
-            blocks = [ResnetBlock(channels if i == 0 else width, width, groups) for i in range(config.num_res_blocks)]
+            blocks = [VAEResBlock(channels if i == 0 else width, width, groups) for i in range(config.num_res_blocks)]
             is_last = level == len(config.channel_mult) - 1
             self.down.append(Level(blocks, downsample=None if is_last else PaddedDownsample(width)))
             channels = width
@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             width = config.channels * mult
             blocks = [
-                ResnetBlock(channels if i == 0 else width, width, groups) for i in range(config.num_res_blocks + 1)
+                VAEResBlock(channels if i == 0 else width, width, groups) for i in range(config.num_res_blocks + 1)
             ]
             levels.insert(0, Level(blocks, upsample=None if level == 0 else Upsample(width)))
             channels = width
@@ -163,7 +163,7 @@ class Level(nn.Module):
     """Residual blocks at one resolution, then perhaps a change of resolution."""
 
     def __init__(
-        self, blocks: list[ResnetBlock], downsample: nn.Module | None = None, upsample: nn.Module | None = None
+        self, blocks: list[VAEResBlock], downsample: nn.Module | None = None, upsample: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(blocks)
@@ -185,16 +185,16 @@ class Middle(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.block_1 = VAEResBlock(channels, channels, groups)
         self.attn_1 = MapAttention(channels, groups)
-        self.block_2 = ResnetBlock(channels, channels, groups)
+        self.block_2 = VAEResBlock(channels, channels, groups)
 
     def forward(self, x: Tensor, run: Run) -> Tensor:
         """[B,C,h,w] to [B,C,h,w]; `run` runs each block."""
         return run(self.block_2, run(self.attn_1, run(self.block_1, x)))
 
 
-class ResnetBlock(nn.Module):
+class VAEResBlock(nn.Module):
     """Two normalised convolutions added to the input."""
 
     def __init__(self, channels: int, out_channels: int, groups: int) -> None:

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call, grad, vmap
 
 import model.unet
 from model.config import UNET_PRESETS, VAE_PRESETS
-from model.layers import BasicTransformerBlock, Gated, GroupNorm, ResBlock, gated
+from model.functions import gate, plain_gate
+from model.layers import BasicTransformerBlock, GroupNorm, ResBlock
 from model.speed import compile_blocks
 from model.unet import UNet
 from model.vae import VAE
@@ -63,11 +65,11 @@ def unet_inputs(config, batch=2, height=8, width=8):
 
 def test_the_gate_that_keeps_its_input_alone_has_the_plain_gates_gradient():
     halves = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(Gated.apply(halves), gated(halves))
-    assert torch.autograd.gradcheck(Gated.apply, (halves,))
+    assert torch.equal(gate(halves), plain_gate(halves))
+    assert torch.autograd.gradcheck(gate, (halves,))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        Gated.apply(halves)
+        gate(halves)
     assert kept == [halves.data_ptr()]
 
 
@@ -180,10 +182,28 @@ def test_the_gpu_script_fills_every_row_at_tiny_size():
     assert "left out" not in done.stdout
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_torch_func_gives_each_samples_gradient(randomized, relative_error, dtype, bound):
+    for block in blocks(randomized):
+        block.to(dtype)
+        given = block_inputs(block, 3, 4, 6, dtype)
+        weights = dict(block.named_parameters())
+
+        def loss(weights, *sample, block=block):
+            return functional_call(block, weights, tuple(x[None] for x in sample)).float().square().mean()
+
+        per_sample = vmap(grad(loss), in_dims=(None, 0, 0))(weights, *given)
+        for k in range(3):
+            block.zero_grad()
+            loss(weights, *(x[k] for x in given)).backward()
+            for name, weight in weights.items():
+                assert relative_error(per_sample[name][k].float(), weight.grad.float()) < bound
+
+
 def test_second_derivatives_are_refused_and_double_precision_is_exact(randomized):
     norm, halves = GroupNorm(4, 16), torch.randn(2, 6, requires_grad=True)
     x = torch.randn(2, 16, 5, 3, dtype=torch.bfloat16, requires_grad=True)
-    for result, given in ((norm.bfloat16()(x), x), (Gated.apply(halves), halves)):
+    for result, given in ((norm.bfloat16()(x), x), (gate(halves), halves)):
         with pytest.raises(RuntimeError, match="first derivatives only"):
             torch.autograd.grad(result.float().square().sum(), given, create_graph=True)
     assert norm(x[:0]).shape == (0, 16, 5, 3)

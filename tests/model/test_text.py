@@ -174,7 +174,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(published):
         load_text_encoders(wider, *paths)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_text_encoders(CONFIG, str(folder / "nowhere"), paths[1])
-    with pytest.raises(FileNotFoundError, match="no config.json in .*expected the folder of a text encoder"):
+    with pytest.raises(FileNotFoundError, match=r"no config.json in .*expected the folder of a text encoder"):
         load_text_encoders(CONFIG, str(folder), paths[1])
     with pytest.raises(ValueError, match="no weights"):
         load_text_encoders(CONFIG, paths[0], "ViT-bigG-14:no-such-tag")

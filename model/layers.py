@@ -22,6 +22,11 @@ Run = Callable[..., Tensor]
 """Runs a layer on its inputs: `plainly` or `checkpointed`."""
 
 
+def runner(activation_checkpointing: bool) -> Run:
+    """How a network runs its layers; what no backward pass follows keeps nothing, so it is run plainly."""
+    return checkpointed if activation_checkpointing and torch.is_grad_enabled() else plainly
+
+
 def plainly(layer: nn.Module, *inputs: Tensor) -> Tensor:
     """Run a layer and keep its activations for the backward pass."""
     return layer(*inputs)

@@ -28,14 +28,17 @@ TEXT_MODEL = "text_model."  # before the keys of transformers, in public files a
 CLIP_L_PREFIX = "conditioner.embedders.0.transformer."  # in a single file of the base, before "text_model."
 BIGG_PREFIXES = ("conditioner.embedders.1.model.", "conditioner.embedders.0.model.")  # in the base's, the refiner's
 LOGIT_SCALE = "logit_scale"  # bigG's, which no picture depends on; it is handed on where a file holds it
+LAYERS, THEIR_LAYERS = "transformer.resblocks.", "encoder.layers."
+PROJECTION, THEIR_PROJECTION = "text_projection", "text_projection.weight"
 OTHERS = ("vision_model.", "visual_projection.", "visual.")  # the image tower of a whole CLIP model
 
-LAYER_NAMES = {  # of a layer: open_clip's and transformers'
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
+LAYER_NAMES = {  # of a layer, as its keys begin: open_clip's and transformers'
+    "ln_1.": "layer_norm1.",
+    "ln_2.": "layer_norm2.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+    "attn.in_proj_": "self_attn.in_proj_",  # which is q_proj, k_proj and v_proj in transformers
+    "attn.out_proj.": "self_attn.out_proj.",
 }
 OUTER_NAMES = {
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -94,25 +97,13 @@ def from_transformers(state: State) -> dict[str, Stored]:
     state = {
         key.removeprefix(TEXT_MODEL): value for key, value in below(state, "").items() if not key.startswith(OTHERS)
     }
-    out = {own: state.pop(key) for own, key in OUTER_NAMES.items() if key in state}
-    if "text_projection.weight" in state:
-        out["text_projection"] = state.pop("text_projection.weight").T
-    names = {theirs: own for own, theirs in LAYER_NAMES.items()}
-    for key in list(state):
-        if not key.startswith("encoder.layers."):
-            out[key] = state[key]
-            continue
-        layer, rest = key.removeprefix("encoder.layers.").split(".", 1)
-        module, _, kind = rest.rpartition(".")
-        prefix = f"transformer.resblocks.{layer}"
-        parts = [f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"]
-        if key in parts and all(part in state for part in parts):
-            out[f"{prefix}.attn.in_proj_{kind}"] = joined([state[part] for part in parts])
-        elif module in names:
-            out[f"{prefix}.{names[module]}.{kind}"] = state[key]
-        else:
-            out[key] = state[key]
-    return out
+    for key in [key for key in state if ".q_proj." in key]:
+        parts = [key.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
+        if all(part in state for part in parts):
+            state[key.replace(".q_proj.", ".in_proj_")] = joined([state.pop(part) for part in parts])
+    if THEIR_PROJECTION in state:
+        state[PROJECTION] = state.pop(THEIR_PROJECTION).T
+    return {_own_name(key): value for key, value in state.items()}
 
 
 def to_transformers(state: State) -> dict[str, Stored]:
@@ -122,22 +113,13 @@ def to_transformers(state: State) -> dict[str, Stored]:
     """
     out: dict[str, Stored] = {}
     for key, value in state.items():
-        if key == LOGIT_SCALE:
-            continue
-        if key == "text_projection":
-            out["text_projection.weight"] = value.T
-        elif key in OUTER_NAMES:
-            out[TEXT_MODEL + OUTER_NAMES[key]] = value
-        else:
-            layer, rest = key.removeprefix("transformer.resblocks.").split(".", 1)
-            prefix = f"{TEXT_MODEL}encoder.layers.{layer}"
-            if rest.startswith("attn.in_proj_"):
-                kind = rest.removeprefix("attn.in_proj_")
-                for part, chunk in zip("qkv", value.chunk(3), strict=True):
-                    out[f"{prefix}.self_attn.{part}_proj.{kind}"] = chunk
-            else:
-                module, _, kind = rest.rpartition(".")
-                out[f"{prefix}.{LAYER_NAMES[module]}.{kind}"] = value
+        if key == PROJECTION:
+            out[THEIR_PROJECTION] = value.T
+        elif ".in_proj_" in key:
+            for part, chunk in zip("qkv", value.chunk(3), strict=True):
+                out[_their_name(key).replace(".in_proj_", f".{part}_proj.")] = chunk
+        elif key != LOGIT_SCALE:
+            out[_their_name(key)] = value
     return out
 
 
@@ -153,6 +135,25 @@ def transformers_config(tower: TextTowerConfig) -> dict[str, Any]:
         "eos_token_id": END_OF_TEXT,
         "pad_token_id": tower.pad_token,
     }
+
+
+def _own_name(key: str) -> str:
+    """open_clip's name of a key of transformers, and of any other key the key."""
+    outer = {theirs: own for own, theirs in OUTER_NAMES.items()}
+    layer, _, rest = key.removeprefix(THEIR_LAYERS).partition(".")
+    for own, theirs in LAYER_NAMES.items():
+        if key.startswith(THEIR_LAYERS) and rest.startswith(theirs):
+            return f"{LAYERS}{layer}.{own}{rest.removeprefix(theirs)}"
+    return outer.get(key, key)
+
+
+def _their_name(key: str) -> str:
+    """transformers' name of a key of open_clip."""
+    if key in OUTER_NAMES:
+        return TEXT_MODEL + OUTER_NAMES[key]
+    layer, _, rest = key.removeprefix(LAYERS).partition(".")
+    own = next(own for own in LAYER_NAMES if rest.startswith(own))
+    return f"{TEXT_MODEL}{THEIR_LAYERS}{layer}.{LAYER_NAMES[own]}{rest.removeprefix(own)}"
 
 
 def _decisive(tower: TextTowerConfig) -> dict[str, Any]:

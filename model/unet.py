@@ -1,5 +1,14 @@
 """The denoising U-Net of SDXL, base and refiner (SDXL Table 1), from one config.
 
+    input_blocks    convolution
+                    each level: n times (ResBlock, SpatialTransformer), then Downsample, but at the last level
+    middle_block    ResBlock, SpatialTransformer, ResBlock
+    output_blocks   each level, the last one first: n + 1 times (ResBlock, SpatialTransformer), then Upsample, but at
+                    the first level; each ResBlock reads the map before and, beside it, one that an input block left
+    out             GroupNorm, SiLU, convolution
+
+n is `num_res_blocks`; levels whose `transformer_depth` is 0 have no SpatialTransformer. What ResBlocks read besides is
+the time embedding, with the conditioning vector in it, and what SpatialTransformers read is the text.
 Its state dict has the keys of the published single files behind their prefix `model.diffusion_model.`.
 
 B batch, C latent channels, h w latent height and width, l number of a level and L of the last, M channels of a level
@@ -20,10 +29,9 @@ from model.layers import (
     Run,
     SpatialTransformer,
     Upsample,
-    checkpointed,
     fourier,
     map_format,
-    plainly,
+    runner,
     zeroed,
 )
 
@@ -97,7 +105,7 @@ class UNet(nn.Module):
         `context` [B,T,D], `vector` [B,V] from `conditioning_vector`. Raises ValueError where a shape does not fit.
         """
         self._check(noisy_latents, timesteps, context, vector)
-        run: Run = checkpointed if self.activation_checkpointing and torch.is_grad_enabled() else plainly
+        run = runner(self.activation_checkpointing)
         dtype = next(self.parameters()).dtype
         context = context.to(dtype)  # [B,T,D]
         time = fourier(timesteps, self.config.model_channels).to(dtype)  # [B,M0]

@@ -1,5 +1,11 @@
 """The autoencoder of SDXL (SDXL 2.4): images to latents an eighth as high and wide, and back.
 
+    encoder   convolution; each level: n residual blocks, then PaddedDownsample, but at the last level;
+              Middle; GroupNorm, SiLU, convolution
+    decoder   convolution; Middle; each level, the last one first: n + 1 residual blocks, then Upsample, but at the
+              first level; GroupNorm, SiLU, convolution
+
+n is `num_res_blocks`; Middle is a residual block, attention over the map's pixels, and a residual block.
 Its state dict has the keys of the published single files behind their prefix `first_stage_model.`. The
 published weights overflow in float16 (activations beyond 65,504): run them in fp32 or bf16.
 
@@ -16,7 +22,7 @@ from torch import Tensor, nn
 
 from model.config import VAEConfig
 from model.finite import require_finite
-from model.layers import GroupNorm, Run, Upsample, checkpointed, map_format, plainly
+from model.layers import GroupNorm, Run, Upsample, map_format, runner
 
 
 class VAE(nn.Module):
@@ -48,7 +54,7 @@ class VAE(nn.Module):
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % side or image.shape[3] % side:
             raise ValueError(f"image {tuple(image.shape)}: expected 3 channels and sides that are multiples of {side}")
         image = image.to(self.quant_conv.weight.dtype, memory_format=map_format(image.device))  # [B,3,H,W]
-        hidden = self.encoder(image, self._run())  # [B,2Z,h,w]
+        hidden = self.encoder(image, runner(self.activation_checkpointing))  # [B,2Z,h,w]
         moments = require_finite(self.quant_conv(hidden), "the VAE's encoder")  # [B,2Z,h,w]
         mean, logvar = moments.float().chunk(2, dim=1)  # [B,Z,h,w] each
         return Posterior(mean=mean, std=torch.exp(0.5 * logvar.clamp(-30.0, 20.0)))
@@ -64,15 +70,13 @@ class VAE(nn.Module):
             raise ValueError(f"latents {tuple(unscaled_latents.shape)}: expected [B,{channels},h,w]")
         dtype, memory_format = self.post_quant_conv.weight.dtype, map_format(unscaled_latents.device)
         latents = self.post_quant_conv(unscaled_latents.to(dtype, memory_format=memory_format))  # [B,Z,h,w]
-        return require_finite(self.decoder(latents, self._run()), "the VAE's decoder")  # [B,3,H,W]
+        image = self.decoder(latents, runner(self.activation_checkpointing))  # [B,3,H,W]
+        return require_finite(image, "the VAE's decoder")
 
     @property
     def last_layer(self) -> Tensor:
         """The decoder's last weight, where the gradients of the VAE's losses are compared."""
         return self.decoder.conv_out.weight
-
-    def _run(self) -> Run:
-        return checkpointed if self.activation_checkpointing and torch.is_grad_enabled() else plainly
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,16 @@
 """The whole way from prompts to pictures equals the published pipelines', on small networks with the same weights."""
 
-import gzip
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
 
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
 
@@ -30,10 +25,11 @@ from model.config import (
     Spacing,
 )
 from model.diffusion import Diffusion, gaussian
-from model.layouts import diffusers_config, to_diffusers
 from model.noise_levels import noise_levels
+from model.publish import Model, is_refiner, scheduler_config, write_pipeline
 from model.sampler import initial_noise, noised, sample, step_noise
-from model.text import TextEncoders, load_text_encoders, tokenize
+from model.tensors import stored
+from model.text import TextEncoders, random_text_encoders, text_states, tokenize
 from model.unet import UNet
 from model.vae import VAE, scale, unscale
 from pipelines.config import SamplingConfig
@@ -42,6 +38,7 @@ from pipelines.sampling import Told, base_denoiser, generate, refiner_denoiser
 PROMPTS = ["a red fox asleep in the snow", "Größe: two lighthouses, it's 1 oil on canvas."]
 NEGATIVES = ["blurry, low quality", "a photo"]
 SIZE, SHAPE = (48, 32), (4, 12, 8)  # (height, width) of the pictures in pixels, and the shape of their latents
+SQUARE, NOISE_OF_SQUARE = (48, 48), gaussian(0, 0, 2, (4, 12, 12))
 NOISE = gaussian(0, 0, 2, SHAPE)
 FRESH = step_noise([(0, 0), (0, 1)], SHAPE)
 TEXT = TEXT_PRESETS["tiny"]
@@ -64,48 +61,6 @@ def with_large_weights(module, seed):
     return module.eval()
 
 
-def published_text(tower, seed):
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        hidden_size=tower.width,
-        intermediate_size=4 * tower.width,
-        num_hidden_layers=tower.layers,
-        num_attention_heads=tower.heads,
-        hidden_act=tower.activation,
-        projection_dim=tower.projection_dim or 512,
-        initializer_factor=10.0,
-    )
-    return (CLIPTextModelWithProjection if tower.projection_dim else CLIPTextModel)(config).eval()
-
-
-@cache
-def published_tokenizer(pad_token):
-    """CLIP's tokenizer in transformers' class, of the vocabulary that open_clip brings along.
-
-    Where "!" is the pad token, it is one in the midst of a prompt too. In ours, and in the one that the networks were
-    trained with, it is not.
-    """
-    from open_clip.tokenizer import SimpleTokenizer, default_bpe
-    from transformers import CLIPTokenizer
-
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    ids = dict(SimpleTokenizer().encoder)
-    (*words, first, last) = ids
-    with gzip.open(default_bpe()) as file:
-        merges = [tuple(line.split()) for line in file.read().decode().split("\n")[1 : len(words) - 2 * 256 + 1]]
-    return CLIPTokenizer(
-        vocab={**{word: ids[word] for word in words}, start: ids[first], end: ids[last]},
-        merges=merges,
-        bos_token=start,
-        eos_token=end,
-        unk_token=end,
-        pad_token=pad_token or end,
-        model_max_length=77,
-    )
-
-
 @dataclass(frozen=True)
 class Networks:
     """The same networks twice: ours, and the published pipelines of theirs."""
@@ -119,37 +74,28 @@ class Networks:
     refiner_pipeline: StableDiffusionXLImg2ImgPipeline
 
 
+def written(folder, unet, vae, text):
+    """Writes a diffusers folder of our networks."""
+    states = {"unet": stored(unet.state_dict()), "vae": stored(vae.state_dict()), **text_states(text)}
+    if is_refiner(unet.config):
+        del states["clip_l"]
+    model = Model(unet=unet.config, vae=vae.config, text=TEXT, diffusion=DIFFUSION.config, states=states)
+    write_pipeline(folder, model, resolution=SQUARE[0])
+    return folder
+
+
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    clip_l, bigg = published_text(TEXT.clip_l, 1), published_text(TEXT.bigg, 2)
-    clip_l.save_pretrained(folder / "clip_l")
-    bigg.save_pretrained(folder / "bigg")
-    text = load_text_encoders(TEXT, str(folder / "clip_l"), str(folder / "bigg"))
     unets = {name: with_large_weights(UNet(config), 3) for name, config in UNETS.items()}
     with torch.no_grad():  # one score among the sizes should be seen
         unets["refiner"].label_emb[0][0].weight[:, -UNETS["refiner"].conditioning_embed_dim :] *= 5.0
-    vae = with_large_weights(VAE(VAE_CONFIG), 4)
-    theirs: dict[str, Any] = {}
-    for name, unet in unets.items():
-        theirs[name] = UNet2DConditionModel.from_config(diffusers_config(unet.config)).eval()
-        theirs[name].load_state_dict(to_diffusers(unet.state_dict(), unet.config))
-    theirs_vae = AutoencoderKL.from_config(diffusers_config(VAE_CONFIG)).eval()
-    theirs_vae.load_state_dict(to_diffusers(vae.state_dict(), VAE_CONFIG))
-    shared = {
-        "vae": theirs_vae,
-        "text_encoder_2": bigg,
-        "tokenizer_2": published_tokenizer("!"),
-        "scheduler": EulerDiscreteScheduler(),
-        "add_watermarker": False,
-    }
-    left = {"text_encoder": clip_l, "tokenizer": published_tokenizer(None)}
-    nothing: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
-    refining = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
+    vae, text = with_large_weights(VAE(VAE_CONFIG), 4), random_text_encoders(TEXT, 0)
+    root = tmp_path_factory.mktemp("written")
+    base, refiner = (written(root / name, unet, vae, text) for name, unet in unets.items())
     pipelines = (
-        StableDiffusionXLPipeline(unet=theirs["base"], **left, **shared),
-        StableDiffusionXLImg2ImgPipeline(unet=theirs["base"], **left, **shared),
-        StableDiffusionXLImg2ImgPipeline(unet=theirs["refiner"], **nothing, **refining, **shared),
+        StableDiffusionXLPipeline.from_pretrained(base),
+        StableDiffusionXLImg2ImgPipeline.from_pretrained(base),
+        StableDiffusionXLImg2ImgPipeline.from_pretrained(refiner),
     )
     for pipeline in pipelines:
         pipeline.set_progress_bar_config(disable=True)
@@ -177,28 +123,18 @@ def asked(monkeypatch):
 
 
 def scheduler(sampling, diffusion=DIFFUSION):
-    """diffusers' counterpart of our sampler, as the published configuration sets it up."""
+    """diffusers' counterpart of our sampler, set up from the scheduler_config.json that we write."""
     kind = {
         SamplerName.EULER: EulerDiscreteScheduler,
         SamplerName.EULER_ANCESTRAL: EulerAncestralDiscreteScheduler,
         SamplerName.DPMPP_2M: DPMSolverMultistepScheduler,
         SamplerName.DDIM: DDIMScheduler,
     }[sampling.sampler]
-    own = {"clip_sample": False, "set_alpha_to_one": True} if kind is DDIMScheduler else {}
+    own = {"set_alpha_to_one": True} if kind is DDIMScheduler else {}
     spacing = {"timestep_spacing": sampling.spacing.value}
     if sampling.spacing is Spacing.KARRAS:
         spacing = {"timestep_spacing": "linspace", "use_karras_sigmas": True}  # over the whole schedule
-    config = diffusion.config
-    return kind(
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        beta_schedule="scaled_linear",
-        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[config.prediction_type],
-        rescale_betas_zero_snr=config.zero_terminal_snr,
-        steps_offset=1,
-        **spacing,
-        **own,
-    )
+    return kind.from_config(scheduler_config(diffusion.config), **spacing, **own)
 
 
 def told(networks, texts, sizes):
@@ -213,12 +149,12 @@ def decoded(networks, latents):
         return networks.vae.decode(unscale(latents, VAE_CONFIG.scaling_factor))
 
 
-def drawn(networks, sampling, negatives=None, *, diffusion=DIFFUSION, sizes=PLAIN, negative_sizes=PLAIN):
+def drawn(networks, sampling, negatives=None, *, diffusion=DIFFUSION, sizes=PLAIN, negative_sizes=PLAIN, noise=NOISE):
     """Our pictures of the prompts."""
     positive = told(networks, PROMPTS, sizes)
     negative = None if negatives is None else told(networks, negatives, negative_sizes)
     base = base_denoiser(networks.base, diffusion, positive, negative, sampling)
-    return decoded(networks, generate(base, None, NOISE, diffusion, sampling, FRESH))
+    return decoded(networks, generate(base, None, noise, diffusion, sampling, FRESH))
 
 
 def published(networks, sampling, negatives=None, *, count=2, diffusion=DIFFUSION, **settings):
@@ -242,11 +178,13 @@ def published(networks, sampling, negatives=None, *, count=2, diffusion=DIFFUSIO
     ).images
 
 
-def test_the_published_tokenizers_give_our_tokens():
-    captions = [*PROMPTS, "", "word " * 100]
-    for pad_token, tower in ((None, "clip_l"), ("!", "bigg")):
-        tokens = published_tokenizer(pad_token)(captions, padding="max_length", truncation=True, return_tensors="pt")
-        assert torch.equal(tokens.input_ids, getattr(tokenize(captions, TEXT), tower))
+def test_a_folder_of_ours_gives_our_picture_with_nothing_but_a_prompt(networks, relative_error):
+    """The pipeline's own scheduler, steps, size and guidance, which are the published ones."""
+    networks.pipeline.scheduler = EulerDiscreteScheduler.from_config(scheduler_config(DIFFUSION.config))
+    expected = networks.pipeline(PROMPTS, latents=NOISE_OF_SQUARE, output_type="pt").images
+    sizes = dict.fromkeys(("original_size", "target_size"), SQUARE) | {"crop_top_left": (0, 0)}
+    found = drawn(networks, SamplingConfig(spacing=Spacing.LEADING), sizes=sizes, noise=NOISE_OF_SQUARE)
+    assert relative_error(found, expected) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ those of the encoder, and how long the encoder stood still between its first cal
 from __future__ import annotations
 
 import json
+import sys
 import time
 import uuid
 from functools import partial
@@ -17,20 +18,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from PIL import Image
+from ray.cloudpickle import register_pickle_by_value as pickle_by_value
 
 from pipelines.config import CropConfig, SourceConfig, StageResources, TextWeightsConfig, WeightsConfig
 from pipelines.images import content_id
 from pipelines.originals import Originals
 from pipelines.preprocess.bucket import blocks_by_bucket
-from pipelines.preprocess.config import EncodeConfig
+from pipelines.preprocess.config import DriverConfig, EncodeConfig
 from pipelines.preprocess.crop import crop_images, rows_of_crops
 from pipelines.preprocess.encode import Encoder
+from pipelines.preprocess.runs import Work
 from pipelines.preprocess.write import write_units
 from pipelines.schema import INDEX_SCHEMA
 from pipelines.stages import actors, dataset_of, tasks
 from pipelines.storage import Storage, StorageOptions
 from tests.conftest import Cluster
 
+pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import it
 IMAGES, SIDE, BUCKET = 96, 1500, (256, 256)
 
 
@@ -72,7 +76,8 @@ def test_cropping_goes_on_while_the_encoder_encodes(cluster: Cluster, tmp_path: 
     images.mkdir()
     notes.mkdir()
     originals = Originals([SourceConfig(path=str(images))], StorageOptions())
-    blocks = blocks_by_bucket(rows_of_crops(index_rows(images), 1), 8)
+    order = {"buckets": [BUCKET], "sources": ["source"], "work": Work(DriverConfig())}
+    blocks = list(blocks_by_bucket([rows_of_crops(index_rows(images), 1)], 8, **order))
     weights = WeightsConfig(preset="tiny", seed=1), TextWeightsConfig(preset="tiny", seed=2)
     given = (notes, *weights, EncodeConfig(batch=8), StorageOptions())
     write = partial(write_units, dataset=Storage(str(tmp_path / "latents")), folder="data/x", compression="none")

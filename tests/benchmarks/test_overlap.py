@@ -20,15 +20,15 @@ import pyarrow as pa
 from PIL import Image
 from ray.cloudpickle import register_pickle_by_value as pickle_by_value
 
-from pipelines.config import CropConfig, SourceConfig, StageResources, TextWeightsConfig, WeightsConfig
+from pipelines.config import CropConfig, DriverConfig, SourceConfig, StageResources, TextWeightsConfig, WeightsConfig
 from pipelines.images import content_id
 from pipelines.originals import Originals
 from pipelines.preprocess.bucket import blocks_by_bucket
-from pipelines.preprocess.config import DriverConfig, EncodeConfig
+from pipelines.preprocess.config import EncodeConfig
 from pipelines.preprocess.crop import crop_images, rows_of_crops
 from pipelines.preprocess.encode import Encoder
-from pipelines.preprocess.runs import Work
 from pipelines.preprocess.write import write_units
+from pipelines.runs import Work
 from pipelines.schema import INDEX_SCHEMA
 from pipelines.stages import actors, dataset_of, tasks
 from pipelines.storage import Storage, StorageOptions

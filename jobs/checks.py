@@ -16,6 +16,7 @@ from model.config import (
 )
 from pipelines.config import (
     DEFAULT_SCORE,
+    OVERLAPS_PER_TILE,
     CropConfig,
     LPIPSWeightsConfig,
     SamplingConfig,
@@ -23,7 +24,7 @@ from pipelines.config import (
     TextWeightsConfig,
     all_sources,
 )
-from pipelines.evaluate.config import OVERLAPS_PER_TILE, GenerateConfig
+from pipelines.evaluate.config import GenerateConfig
 from pipelines.preprocess.config import EncodeConfig, ScoreLimits, ScoringConfig
 
 SIMILARITY = "clip_similarity"  # the score that is computed of image and caption
@@ -71,8 +72,11 @@ def check_scores(
             raise ValueError(f"{key}.{name}: nothing lies between min {limit.min} and max {limit.max}")
 
 
-def check_encode(encode: EncodeConfig, crop: CropConfig) -> None:
-    """Passes of the VAE can be full, crops of an image can differ, and there is a number of actors."""
+def check_encode(encode: EncodeConfig, crop: CropConfig, down: int) -> None:
+    """Passes of the VAE can be full, crops of an image can differ, tiles fit the VAE's reduction `down`, and there is a
+    number of actors.
+    """
+    check_tile("encode.tile", encode.tile, down)
     if encode.rows_per_file > encode.batch and encode.rows_per_file % encode.batch:
         raise ValueError(
             f"encode.rows_per_file: {encode.rows_per_file} is not a multiple of encode.batch, {encode.batch}: passes "
@@ -86,6 +90,15 @@ def check_encode(encode: EncodeConfig, crop: CropConfig) -> None:
     fewest, most = encode.resources.workers
     if fewest > most:
         raise ValueError(f"encode.resources.workers: at least {fewest} and at most {most}")
+
+
+def check_tile(key: str, tile: int | None, down: int) -> None:
+    """What tiles share is a multiple of the VAE's reduction `down`."""
+    if tile is not None and tile % (OVERLAPS_PER_TILE * down):
+        raise ValueError(
+            f"{key}: {tile} is not a multiple of {OVERLAPS_PER_TILE * down}, so that a quarter of it is one of the "
+            "VAE's reduction"
+        )
 
 
 def check_scoring(key: str, scoring: ScoringConfig | None) -> None:
@@ -200,11 +213,7 @@ def check_generate(key: str, config: GenerateConfig) -> None:
                     f"{key}.prompts.size: {side} is not a multiple of {down * unet.downsample}, "
                     f"the reduction of VAE and {name}"
                 )
-    if config.decode_tile is not None and config.decode_tile % (OVERLAPS_PER_TILE * down):
-        raise ValueError(
-            f"{key}.decode_tile: {config.decode_tile} is not a multiple of {OVERLAPS_PER_TILE * down}, so that "
-            "a quarter of it is one of the VAE's reduction"
-        )
+    check_tile(f"{key}.decode_tile", config.decode_tile, down)
     prompts = config.prompts
     named = [bool(prompts.texts), *(p is not None for p in (prompts.file, prompts.parquet, prompts.index))]
     if sum(named) != 1:

@@ -160,7 +160,7 @@ class PreprocessJob(Job):
             for side in size:
                 if side % multiple:
                     raise ValueError(f"buckets: side {side} of {size[0]} x {size[1]} is not a multiple of {multiple}")
-        check_encode(self.encode, self.crop)
+        check_encode(self.encode, self.crop, down)
         return self
 
 

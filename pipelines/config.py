@@ -23,6 +23,7 @@ Size = tuple[Count, Count]  # (height, width) in pixels
 
 
 DEFAULT_SCORE = "aesthetic_score"
+OVERLAPS_PER_TILE = 4  # neighbouring tiles of the VAE share this part of their side
 
 
 @dataclass(frozen=True, kw_only=True)

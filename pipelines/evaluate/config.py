@@ -21,7 +21,6 @@ from pipelines.config import (
 )
 
 PINNED = "pinned.json"  # below an evaluation's output: the version that it measures on, by the index's place
-OVERLAPS_PER_TILE = 4  # neighbouring tiles of a decoded picture share this part of their side
 
 
 @dataclass(frozen=True, kw_only=True)

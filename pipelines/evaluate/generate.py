@@ -23,7 +23,8 @@ from model.text import TextFeatures, tokenize
 from model.tiling import decode_tiled
 from model.vae import unscale
 from pipelines import networks
-from pipelines.evaluate.config import OVERLAPS_PER_TILE, GenerateConfig
+from pipelines.config import OVERLAPS_PER_TILE
+from pipelines.evaluate.config import GenerateConfig
 from pipelines.evaluate.prompts import Prompt, batches, read_prompts
 from pipelines.pictures import contact_sheet, to_pixels
 from pipelines.progress import progress

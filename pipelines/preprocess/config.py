@@ -87,6 +87,10 @@ class EncodeConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type the networks compute in; latents and text are stored as float16. The published VAE overflows in float16:
     the images that do so are reported by name and left out."""
+    tile: Count | None = None
+    """Side of the tiles that crops of a larger area are encoded in, pixels; neighbours share a quarter. None encodes
+    whole. It bounds the VAE's memory, in buckets of 2048 x 2048, say; such latents are nearly those of the whole (see
+    model/tiling.py). Another side makes all latents anew."""
     resources: StageResources = field(default_factory=StageResources)
     """One encoder process."""
 

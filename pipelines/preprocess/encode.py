@@ -14,10 +14,11 @@ import torch
 from model.config import CONTEXT_LENGTH, TextConfig
 from model.finite import NotFiniteError
 from model.text import tokenize
+from model.tiling import encode_tiled
 from model.vae import VAE, Posterior
 from pipelines import networks
 from pipelines.captions import in_lists, out_of_lists
-from pipelines.config import Size, TextWeightsConfig, WeightsConfig
+from pipelines.config import OVERLAPS_PER_TILE, Size, TextWeightsConfig, WeightsConfig
 from pipelines.latents import OF_CAPTIONS
 from pipelines.preprocess.config import EncodeConfig
 from pipelines.preprocess.crop import PIXELS
@@ -99,7 +100,7 @@ class Encoder:
         means, stds = [empty], [empty]
         for batch in _batches(pixels.to_pylist(), self.config.batch):
             uint8 = np.frombuffer(b"".join(batch), np.uint8).reshape(len(batch), height, width, 3)
-            posterior = encode_image(self.vae, torch.from_numpy(uint8.copy()).to(self.device))
+            posterior = encode_image(self.vae, torch.from_numpy(uint8.copy()).to(self.device), self.config.tile)
             self.counts += {SLOTS: self.config.batch, SLOTS_FILLED: len(batch)}
             means.append(posterior.mean.to(torch.float16).cpu().numpy())
             stds.append(posterior.std.to(torch.float16).cpu().numpy())
@@ -145,11 +146,14 @@ def checked(blocks: Iterable[pa.Table], text: TextConfig) -> Iterator[pa.Table]:
 
 
 @torch.no_grad()
-def encode_image(vae: VAE, pixels: torch.Tensor) -> Posterior:
-    """uint8 [B, H, W, 3] -> the VAE's posterior; NaN for the images that overflow in float16, which fails their row."""
+def encode_image(vae: VAE, pixels: torch.Tensor, tile: int | None = None) -> Posterior:
+    """uint8 [B, H, W, 3] -> the VAE's posterior; NaN for the images that overflow in float16, which fails their row.
+
+    Images of a larger area than `tile` x `tile` are encoded in tiles of that side; None encodes all whole.
+    """
     image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
     try:
-        return vae.encode(image)
+        return encode_tiled(vae, image, tile, tile // OVERLAPS_PER_TILE) if tile else vae.encode(image)
     except NotFiniteError as error:
         fits = torch.ones(len(image), dtype=torch.bool)
         fits[list(error.samples)] = False
@@ -159,7 +163,7 @@ def encode_image(vae: VAE, pixels: torch.Tensor) -> Posterior:
     )
     std = mean.clone()
     if fits.any():
-        rest = encode_image(vae, pixels[fits.to(pixels.device)])
+        rest = encode_image(vae, pixels[fits.to(pixels.device)], tile)
         mean[fits.to(mean.device)], std[fits.to(std.device)] = rest.mean, rest.std
     return Posterior(mean=mean, std=std)
 

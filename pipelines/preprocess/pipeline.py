@@ -189,6 +189,8 @@ def build_latents(
         "crop": asdict(crop),
         "dtype": encode.dtype,
         "stored_text": encode.text,
+        # Only where it is set: so latents that were encoded whole stay what they are.
+        **({"tile": encode.tile} if encode.tile else {}),
     }
     folder = _folder(made_by)
     originals, work = Originals(sources, dataset.options), Work(driver or DriverConfig())

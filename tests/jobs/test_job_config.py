@@ -509,7 +509,12 @@ def test_pictures_have_sides_that_the_networks_can_halve(make, size):
 
 def test_the_base_keeps_a_timestep(make):
     assert "leaves no timestep to the base" in wrong(make, GenerateJob, "generate.sampling.handover=1000")
-    assert "not a multiple of 16" in wrong(make, GenerateJob, "generate.decode_tile=72")
+
+
+@pytest.mark.parametrize(("kind", "key"), [(GenerateJob, "generate.decode_tile"), (PreprocessJob, "encode.tile")])
+def test_tiles_share_a_quarter_that_the_vae_can_reduce(make, kind, key):
+    assert f"{key}: 72 is not a multiple of 16" in wrong(make, kind, f"{key}=72")
+    make(kind, f"{key}=48")
 
 
 def test_a_refiners_samples_need_a_timestep_below_the_hand_over(make):

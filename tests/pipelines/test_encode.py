@@ -1,6 +1,7 @@
 """The encode stage without a cluster: crops with their conditioning, and the encoder as a plain object."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,8 @@ from PIL import Image
 
 from model.config import TEXT_PRESETS
 from model.text import tokenize
+from model.tiling import encode_tiled
+from model.vae import VAE as VAE_CLASS
 from pipelines import images, networks
 from pipelines.config import CropConfig, SourceConfig, TextWeightsConfig, WeightsConfig
 from pipelines.images import content_id, crop_pixels, draw_crop
@@ -167,6 +170,27 @@ def test_rows_are_encoded_as_one_image_and_one_caption_at_a_time_would_be(source
                 np.testing.assert_allclose(found, expected[0].numpy(), rtol=2e-3, atol=2e-3)
     assert np.array_equal(context[0], context[2])
     assert not np.array_equal(context[0], context[1])
+
+
+def test_crops_larger_than_a_tile_are_encoded_in_tiles(source, encoder, monkeypatch):
+    rows = crop_images(kept(source, ["a cat", "a dog", "a bird"]), originals(source), CROP, 10_000)
+    whole = encoder(rows)
+    sizes = []
+    plain = VAE_CLASS.encode
+    monkeypatch.setattr(VAE_CLASS, "encode", lambda self, x: sizes.append(tuple(x.shape[2:])) or plain(self, x))
+    monkeypatch.setattr(encoder, "config", replace(encoder.config, tile=48))
+    assert encoder(rows).column("latent_mean").equals(whole.column("latent_mean"))
+    assert sizes == [BUCKET] * 2
+    sizes.clear()
+    monkeypatch.setattr(encoder, "config", replace(encoder.config, tile=16))
+    tiled = encoder(rows)
+    assert sizes == [(12, 20), (16, 16), (16, 16)] * 2  # a small copy for the norms, then both tiles, for each pass
+    pixels = np.stack([np.frombuffer(row, np.uint8).reshape(*BUCKET, 3) for row in rows.column(PIXELS).to_pylist()])
+    image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    expected = encode_tiled(encoder.vae, image, tile=16, overlap=4)
+    np.testing.assert_allclose(tensor_array(tiled, "latent_mean"), expected.mean.numpy(), rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(tensor_array(tiled, "latent_std"), expected.std.numpy(), rtol=2e-3, atol=2e-3)
+    assert not tiled.column("latent_mean").equals(whole.column("latent_mean"))
 
 
 def test_an_image_of_several_captions_has_the_text_of_each_and_distinct_ones_are_encoded_once(source):

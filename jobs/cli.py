@@ -273,7 +273,7 @@ def _refuse_lost_outputs(kind: type[Job], values: Mapping[str, Any]) -> None:
     tracking = values.get("tracking", {})
     uri = tracking.get("uri", "") if isinstance(tracking, Mapping) else ""
     address = str(uri).removeprefix("sqlite:///")
-    if "://" not in address and not address.startswith("/"):
+    if kind.TRACKS and "://" not in address and not address.startswith("/"):
         lost.append("tracking.uri")
     if lost:
         raise JobError(

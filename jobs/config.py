@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from annotated_types import Gt, Le
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -82,6 +82,7 @@ class Job(BaseModel):
     """What every job can be told."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    TRACKS: ClassVar[bool] = True  # whether it tells MLflow of its runs
 
     storage: StorageOptions = Field(default_factory=StorageOptions)
     """How to reach S3."""
@@ -350,6 +351,8 @@ class EvaluateJob(Job):
 class ExportJob(Job):
     """Write a trained model in a public layout. Needs no Ray, and starts none."""
 
+    TRACKS: ClassVar[bool] = False
+
     output: str
     """What is written: a .safetensors file, or a folder for "diffusers"; local or s3://. Nothing may be there yet."""
     layout: Literal["single_file", "diffusers"]
@@ -396,6 +399,8 @@ class ExportJob(Job):
 class PlanJob(Job):
     """Work out hours, nodes, storage and money of a training, stage by stage. Starts nothing."""
 
+    TRACKS: ClassVar[bool] = False
+
     images: Count
     """Images of the source."""
     kept_share: Annotated[float, Gt(0), Le(1)]
@@ -430,6 +435,8 @@ class PlanJob(Job):
 
 class CleanJob(Job):
     """Find what nothing needs any more, and remove it if told to. Needs no Ray, and starts none."""
+
+    TRACKS: ClassVar[bool] = False
 
     datasets: tuple[str, ...] = ()
     """Folders of indexes and latents, local or s3://."""

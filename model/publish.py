@@ -166,9 +166,10 @@ def scheduler_config(config: DiffusionConfig) -> dict[str, Any]:
         "steps_offset": 1,
         "interpolation_type": "linear",
         "use_karras_sigmas": False,
-        # For who puts another scheduler in its place, with this file: latents leave [-1, 1], and DDIM would clip them.
+        # For who puts another scheduler in its place, with this file: latents leave [-1, 1], and DDIM would clip them;
+        # and without the second, which the published file sets to false, it would stop before the noise is gone.
         "clip_sample": False,
-        "set_alpha_to_one": False,
+        "set_alpha_to_one": True,
         "skip_prk_steps": True,
     }
 

@@ -111,9 +111,10 @@ def ddim_step(x: Tensor, x0: Tensor, sigma: float, next_sigma: float) -> Tensor:
 
     In sigma form it is Euler's step, and with the noise that `ancestral_levels` gives, Euler ancestral's. It differs
     where the signal is 0: there x holds no x0, so none is subtracted. A run ends at x0 itself, as diffusers' does with
-    set_alpha_to_one; the published scheduler_config.json sets that to false, and a DDIM made from it stops at the
-    schedule's first level, some 1e-3 away after 20 steps. diffusers also takes the step from a timestep t down to
-    t - num_timesteps // steps, which is its next one only where `steps` divides the schedule.
+    set_alpha_to_one, its default and what our folders say; the published scheduler_config.json sets that to false, and
+    a DDIM made from it stops at the schedule's first level, some 1e-3 away after 20 steps. diffusers also takes the
+    step from a timestep t down to t - num_timesteps // steps, which is its next one only where `steps` divides the
+    schedule, or where timesteps are leading.
     """
     signal = (true_sigma(sigma) ** 2 + 1.0) ** -0.5
     noisy_latents = x / (sigma**2 + 1.0) ** 0.5

@@ -40,7 +40,7 @@ DTYPES = {
 COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the types that networks run in
 SAFETENSORS, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")  # how names of weight files end
 VARIANTS = ("", ".fp16")  # of a folder's weights, by preference
-IGNORED = ("model_ema.", "position_ids")  # some published files hold averages and constants that no network reads
+IGNORED = ("model_ema.", "position_ids", "denoiser.sigmas")  # averages and constants of some published files
 
 
 class Writable(Protocol):
@@ -252,8 +252,13 @@ def below(state: State, prefix: str) -> dict[str, Stored]:
     return {
         key.removeprefix(prefix): value
         for key, value in state.items()
-        if key.startswith(prefix) and not any(word in key for word in IGNORED)
+        if key.startswith(prefix) and not is_ignored(key)
     }
+
+
+def is_ignored(key: str) -> bool:
+    """Whether no network reads what a published file has under this key."""
+    return any(word in key for word in IGNORED)
 
 
 def check_keys(what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -22,7 +22,7 @@ from model.tensors import (
     read_file,
     read_folder,
 )
-from model.weights import CONFIG, component
+from model.weights import CONFIG, component, part_of_file
 
 TEXT_MODEL = "text_model."  # before the keys of transformers, in public files and in some of its classes
 CLIP_L_PREFIX = "conditioner.embedders.0.transformer."  # in a single file of the base, before "text_model."
@@ -56,9 +56,9 @@ def read_clip_l(tower: TextTowerConfig, source: str, allow_pickle: bool = False)
         state = read_file(source, allow_pickle)
         if any(key.startswith(BIGG_PREFIXES[1]) for key in state):
             raise ValueError(f"{source} is a refiner's file, which holds no CLIP-L; name a base's")
-        return clip_l_from_transformers(
-            below(state, CLIP_L_PREFIX if any(key.startswith(CLIP_L_PREFIX) for key in state) else "")
-        )
+        if any(key.startswith(CLIP_L_PREFIX) for key in state):
+            state = part_of_file(source, state, CLIP_L_PREFIX)
+        return clip_l_from_transformers(state)
     return clip_l_from_transformers(_read_transformers(tower, source, "text_encoder", allow_pickle))
 
 
@@ -74,7 +74,7 @@ def read_bigg(tower: TextTowerConfig, source: str, allow_pickle: bool = False) -
         state = read_file(source, allow_pickle)
         for prefix in BIGG_PREFIXES:
             if any(key.startswith(prefix) for key in state):
-                return below(state, prefix)
+                return part_of_file(source, state, prefix)
         if any(key.startswith(TEXT_MODEL) for key in state):
             return from_transformers(state)
         return {

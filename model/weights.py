@@ -35,6 +35,7 @@ from model.tensors import (
     below,
     check_keys,
     fill,
+    is_ignored,
     is_lora,
     raw,
     read_file,
@@ -64,6 +65,7 @@ class Kind(StrEnum):
 
 
 PREFIXES = {Kind.UNET: UNET_PREFIX, Kind.VAE: VAE_PREFIX}  # in a single file
+WHOLE = (UNET_PREFIX, VAE_PREFIX, "conditioner.")  # how keys of a single file begin, the text encoders' last
 
 
 def save_weights(
@@ -159,6 +161,17 @@ def read_vae(
     return agreed, state
 
 
+def part_of_file(path: Name, state: State, prefix: str) -> dict[str, Stored]:
+    """What a published single file holds behind a prefix. Raises ValueError for keys that belong to no network."""
+    others = sorted(key for key in state if not key.startswith(WHOLE) and not is_ignored(key))
+    if others:
+        raise ValueError(
+            f"{path} holds keys that belong to no network of SDXL, which may say that it is sampled otherwise (v_pred, "
+            f"ztsnr): take them out where you know better\nunexpected: {others}"
+        )
+    return below(state, prefix)
+
+
 def component(folder: Name, part: str) -> Path:
     """The folder of one network: below a pipeline's folder, or the given one."""
     return Path(folder, part) if Path(folder, PIPELINE).is_file() else Path(folder)
@@ -244,5 +257,4 @@ def _behind(path: Name, prefix: str, allow_pickle: bool) -> dict[str, Stored]:
     state = read_file(path, allow_pickle)
     if any("down_blocks." in key for key in state) and not is_lora(state):
         raise ValueError(f"{path} has diffusers' names: name its folder, whose {CONFIG} says the network's shape")
-    whole = any(key.startswith((*PREFIXES.values(), "conditioner.")) for key in state)
-    return below(state, prefix if whole else "")
+    return part_of_file(path, state, prefix) if any(key.startswith(WHOLE) for key in state) else below(state, "")

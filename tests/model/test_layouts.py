@@ -253,6 +253,7 @@ def test_a_published_file_may_hold_what_no_network_reads(networks, published, tm
     tensors = load_file(published / "base.safetensors")
     tensors["first_stage_model.model_ema.decay"] = torch.zeros(())
     tensors["model_ema.diffusion_modelout2bias"] = torch.zeros(4)
+    tensors["denoiser.sigmas"] = torch.zeros(1000)
     tensors["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     tensors["conditioner.embedders.1.model.logit_scale"] = torch.tensor(4.6)
     path = tmp_path / "sdxl.safetensors"
@@ -265,7 +266,9 @@ def test_a_published_file_may_hold_what_no_network_reads(networks, published, tm
     write_single_file(tmp_path / "again.safetensors", model)
     again = load_file(tmp_path / "again.safetensors")
     assert again["conditioner.embedders.1.model.logit_scale"] == torch.tensor(4.6)
-    assert again.keys() == {key for key in tensors if not any(word in key for word in ("model_ema", "position_ids"))}
+    assert again.keys() == {
+        key for key in tensors if not any(word in key for word in ("model_ema", "position_ids", "denoiser"))
+    }
     assert "logit_scale" not in pipeline_parts(model)["text_encoder_2"]
 
 
@@ -292,6 +295,21 @@ def test_keys_of_a_published_file_that_do_not_fit_are_listed(published, tmp_path
         load(tmp_path / "sdxl.safetensors")
     ours = key.replace("final_layer_norm", "ln_final")  # CLIP-L goes by open_clip's names here
     assert ours.endswith(str(raised.value).split("missing: ['")[1].split("']")[0])
+
+
+def test_keys_that_belong_to_no_network_are_listed_by_whatever_network_is_loaded(published, tmp_path):
+    path = tmp_path / "sdxl.safetensors"
+    save_file(load_file(published / "base.safetensors") | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
+    for load in (
+        lambda: load_unet(path, UNET_PRESETS["tiny-base"]),
+        lambda: load_vae(path, VAE_PRESETS["tiny"]),
+        lambda: load_text_encoders(TEXT, str(path), str(published / "base")),
+        lambda: load_text_encoders(TEXT, str(published / "base"), str(path)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"sdxl.*belong to no network of SDXL[^\n]*\nunexpected: \['v_pred', 'ztsnr'\]"
+        ):
+            load()
 
 
 def test_clip_l_is_not_in_a_refiners_file(published):

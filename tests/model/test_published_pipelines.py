@@ -130,11 +130,10 @@ def scheduler(sampling, diffusion=DIFFUSION):
         SamplerName.DPMPP_2M: DPMSolverMultistepScheduler,
         SamplerName.DDIM: DDIMScheduler,
     }[sampling.sampler]
-    own = {"set_alpha_to_one": True} if kind is DDIMScheduler else {}
     spacing = {"timestep_spacing": sampling.spacing.value}
     if sampling.spacing is Spacing.KARRAS:
         spacing = {"timestep_spacing": "linspace", "use_karras_sigmas": True}  # over the whole schedule
-    return kind.from_config(scheduler_config(diffusion.config), **spacing, **own)
+    return kind.from_config(scheduler_config(diffusion.config), **spacing)
 
 
 def told(networks, texts, sizes):

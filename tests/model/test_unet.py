@@ -72,6 +72,31 @@ def test_unet_equals_diffusers(unet_config, randomized, relative_error):
     assert relative_error(found, expected) < 1e-5
 
 
+def test_odd_maps_and_other_types_are_as_near_to_exact_as_diffusers(unet_config, randomized, relative_error):
+    from diffusers import UNet2DConditionModel
+
+    unet = randomized(UNet(unet_config))
+    theirs = UNet2DConditionModel.from_config(diffusers_config(unet_config))
+    theirs.load_state_dict(to_diffusers(unet.state_dict(), unet_config))
+    side = unet_config.downsample
+    latents, timesteps, context, pooled, conditions = inputs(unet_config, batch=3, height=5 * side, width=7 * side)
+    time_ids = torch.cat([conditions[name] for name in unet_config.conditioning], dim=1)
+    vector = conditioning_vector(pooled, conditions, unet_config)
+
+    def both(dtype):
+        told = {"text_embeds": pooled.to(dtype), "time_ids": time_ids}
+        with torch.no_grad():
+            found = unet.to(dtype)(latents, timesteps, context, vector)
+            expected = theirs.to(dtype)(latents.to(dtype), timesteps, context.to(dtype), added_cond_kwargs=told).sample
+        assert found.dtype == expected.dtype == dtype
+        return found, expected
+
+    found, exact = both(torch.float64)
+    assert relative_error(found, exact) < 1e-6  # Fourier features are of fp32 on both sides
+    found, rounded = both(torch.bfloat16)
+    assert relative_error(found, exact) < 1.2 * relative_error(rounded, exact) < 0.05
+
+
 def test_norms_have_diffusers_epsilons(unet_config, vae_config):
     from diffusers import AutoencoderKL, UNet2DConditionModel
 

@@ -37,6 +37,30 @@ def test_vae_equals_diffusers(vae_config, randomized, relative_error):
         assert relative_error(vae.decode(latents), theirs.decode(latents).sample) < 1e-5
 
 
+def test_odd_maps_and_other_types_are_as_near_to_exact_as_diffusers(vae_config, randomized, relative_error):
+    from diffusers import AutoencoderKL
+
+    vae = randomized(VAE(vae_config))
+    theirs = AutoencoderKL.from_config(diffusers_config(vae_config))
+    theirs.load_state_dict(to_diffusers(vae.state_dict(), vae_config))
+    side = vae_config.downsample
+    pixels = image(batch=3, height=5 * side, width=7 * side)
+    latents = torch.randn(3, 4, 5, 7, generator=torch.Generator().manual_seed(3))
+
+    def both(dtype):
+        with torch.no_grad():
+            ours = vae.to(dtype).encode(pixels).mean, vae.decode(latents)
+            encoded = theirs.to(dtype).encode(pixels.to(dtype)).latent_dist.mean
+            return zip(ours, (encoded, theirs.decode(latents.to(dtype)).sample), strict=True)
+
+    exact = []
+    for found, expected in both(torch.float64):
+        assert relative_error(found, expected) < 1e-6  # posteriors are fp32
+        exact.append(expected)
+    for (found, rounded), expected in zip(both(torch.bfloat16), exact, strict=True):
+        assert relative_error(found, expected) < 1.2 * relative_error(rounded, expected) < 0.05
+
+
 def test_posterior_is_a_gaussian_with_bounded_spread():
     vae = VAE(VAE_PRESETS["tiny"])
     with torch.no_grad():

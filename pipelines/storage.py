@@ -172,9 +172,14 @@ class Storage:
         return sorted(files, key=lambda file: file.name)
 
     def folders(self, folder: str = "") -> set[str]:
-        """The names of the folders in `folder`, also of those whose files are all still being written."""
-        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
+        """The names of the folders in `folder`: local ones also where all files are still being written; on S3 those
+        with a file in them, since some servers go on showing empty ones."""
         start = len(self.root) + 1
+        if not self.is_local:
+            place = len(self.path(folder)) + 1
+            names = (info.path for info in self._files_below(folder))
+            return {name[start : name.index("/", place)] for name in names if "/" in name[place:]}
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
         found = self.filesystem.get_file_info(selector)
         return {info.path[start:] for info in found if info.type == pafs.FileType.Directory}
 

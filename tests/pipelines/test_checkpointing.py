@@ -9,7 +9,7 @@ import torch
 
 from pipelines.checkpoints import WEIGHTS, Run, list_checkpoints, newest_checkpoint, read_progress
 from pipelines.lease import LeaseLostError
-from pipelines.storage import Storage
+from pipelines.storage import Storage, StorageOptions
 from pipelines.train import checkpointing
 from pipelines.train.checkpointing import Checkpointer
 from pipelines.train.sharded import Part
@@ -85,6 +85,15 @@ def test_what_a_dead_attempt_writes_late_goes_with_the_next_checkpoint_and_this_
     checkpointer.finish()
     assert len(list_checkpoints(run)) == 2
     assert run.folders("checkpoints") == {*list_checkpoints(run), mine_too}
+
+
+def test_on_s3_nothing_is_left_of_older_ones_or_of_what_a_dead_attempt_wrote(s3):
+    run = Storage(f"s3://{s3.bucket}/checkpointing", StorageOptions(s3_endpoint=s3.endpoint, s3_region="us-east-1"))
+    run.write("checkpoints/checkpoint_000000000050_dead/net/rank_00000.safetensors", b"part")
+    saved(run, 1, 2, 3, keep=1)
+    assert run.folders("checkpoints") == {newest_checkpoint(run)}
+    assert run.folders() == {"checkpoints"}
+    assert restored(run) == (3, 3 / 8)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits_for_it(run, monkeypatch):

@@ -2,9 +2,9 @@
 
     python -m pytest tests/soak/test_training.py -s --soak 8
 
-Killed with kill -9 are workers, drivers, and the node of the second worker, half of them while a checkpoint is being
-written and the others whenever it comes: at start, in a step, in an upload, in the export. Where a kill fell is read
-off the stack of a worker, just before. Outputs lie on local disk and on S3 in turns.
+Killed with kill -9 are workers, drivers, and the node of the second worker: half of them while a checkpoint is being
+written or uploaded, a quarter soon after one, and the others whenever it comes. Where a kill fell is read
+off the stack of a worker, just before. Outputs lie on S3 and on local disk in turns.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from pipelines.checkpoints import CHECKPOINTS, PROGRESS, list_checkpoints
 from pipelines.lease import FOLDER as LEASES
 from pipelines.storage import TEMPORARY, Storage, StorageOptions
 from tests.conftest import BIN, LOGICAL_CPUS, ROOT, S3, Demo
+from tests.faulty import Proxy, faulty
 from tests.soak.killing import Node, OwnCluster, Tally, ended, start_job, tail, until, write_vae
 from tests.test_survival import curve
 
 IMAGES, CHECKPOINT, KEEP = 320, 32, 3
 MOST_KILLS = 6  # of one run, so that it comes to its end
 MEAN_SECONDS = 10.0  # between two kills that come whenever it is
-PATIENCE = 60.0  # for a checkpoint that is being written
+STEP_SECONDS = 2.0  # after a checkpoint, at most, that a step is killed in
+UPLOAD_SECONDS = 0.5  # that a part of a checkpoint takes more on its way to S3
+PATIENCE = 60.0  # for a checkpoint
 HANG = 300.0  # seconds after which a job that nobody kills any more hangs
 KINDS = {"driver": 0.35, "worker": 0.4, "node": 0.25}
 PLACES = {  # by what a worker's stack has, the first that fits
@@ -47,6 +50,21 @@ PLACES = {  # by what a worker's stack has, the first that fits
 }
 
 
+class SlowUploads:
+    """S3 behind a proxy on which the parts of checkpoints take their time."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.under_way: set[str] = set()
+        """Requests that are being uploaded."""
+        proxy.take = self._take  # type: ignore[method-assign]
+
+    def _take(self, request: str) -> None:
+        if request.startswith("PUT") and "/rank_" in request:
+            self.under_way.add(request)
+            time.sleep(UPLOAD_SECONDS)
+            self.under_way.discard(request)
+
+
 @dataclass
 class Loop:
     """One training: the command again and again, killed as the seed has it, until it is finished."""
@@ -57,6 +75,7 @@ class Loop:
     random: random.Random
     demo: Demo
     output: Storage
+    uploads: SlowUploads
     command: list[str]
     left: int
     """Kills that are left."""
@@ -81,8 +100,12 @@ class Loop:
     def _kill(self, driver: subprocess.Popen[bytes]) -> bool:
         """Wait for a moment, and kill; gives whether there was something to be killed."""
         kind = self.random.choices(list(KINDS), list(KINDS.values()))[0]
-        if self.random.random() < 0.5:
-            until(lambda: unfinished(self.output), driver, PATIENCE)
+        moment, before = self.random.random(), whole(self.output)
+        if moment < 0.5:
+            until(lambda: self.uploads.under_way or unfinished(self.output), driver, PATIENCE)
+        elif moment < 0.75:
+            until(lambda: whole(self.output) - before, driver, PATIENCE)
+            until(lambda: False, driver, self.random.uniform(0, STEP_SECONDS))
         else:
             until(lambda: False, driver, self.random.expovariate(1 / MEAN_SECONDS))
         workers = self.cluster.workers("RayTrainWorker")
@@ -133,8 +156,12 @@ def place_of(worker: psutil.Process) -> str:
 
 def unfinished(output: Storage) -> bool:
     """Whether a checkpoint is being written, or deleted, or was when its worker was killed."""
-    folders = output.folders(CHECKPOINTS)
-    return bool(folders - {file.name.removesuffix(f"/{PROGRESS}") for file in output.list(CHECKPOINTS)})
+    return bool(output.folders(CHECKPOINTS) - whole(output))
+
+
+def whole(output: Storage) -> set[str]:
+    """The checkpoints that are whole."""
+    return {file.name.removesuffix(f"/{PROGRESS}") for file in output.list(CHECKPOINTS)}
 
 
 def nothing_is_left(output: Storage) -> None:
@@ -155,10 +182,10 @@ def test_training_that_is_killed_at_random_ends_with_the_weights_of_an_unbroken_
     made = Demo(tmp_path / "made")
     options = [f"schedule.{name}_images={CHECKPOINT}" for name in ("checkpoint", "log")]
     options += [f"schedule.images={IMAGES}", f"schedule.keep_checkpoints={KEEP}", "storage.s3_region=us-east-1"]
-    options += [f"storage.s3_endpoint={s3.endpoint}"]
-    reach = StorageOptions(s3_endpoint=s3.endpoint, s3_region="us-east-1")
 
-    with OwnCluster() as cluster, tally:
+    with OwnCluster() as cluster, faulty(s3.endpoint) as proxy, tally:
+        options += [f"storage.s3_endpoint={proxy.endpoint}"]
+        reach, uploads = StorageOptions(s3_endpoint=proxy.endpoint, s3_region="us-east-1"), SlowUploads(proxy)
         make_latents(cluster, made)
         node = cluster.add_node(LOGICAL_CPUS - 1)
 
@@ -167,7 +194,7 @@ def test_training_that_is_killed_at_random_ends_with_the_weights_of_an_unbroken_
             demo, output = Demo(tmp_path / name), Storage(uri, reach)
             demo.root.mkdir()
             words = command(made, demo, uri, *options)
-            node = Loop(cluster, node, tally, random.Random(seed), demo, output, words, kills, end).run()
+            node = Loop(cluster, node, tally, random.Random(seed), demo, output, uploads, words, kills, end).run()
             assert curve(demo.root, "images_seen") == list(range(CHECKPOINT, IMAGES + 1, CHECKPOINT))
             nothing_is_left(output)
             return load(output.read("weights.safetensors"))
@@ -179,7 +206,7 @@ def test_training_that_is_killed_at_random_ends_with_the_weights_of_an_unbroken_
         end = tally.begun + 60 * pytestconfig.getoption("--soak")
         while time.monotonic() < end:
             tally.seeds.append(seed)
-            place = "s3" if len(tally.seeds) % 2 == 0 else "local"
+            place = "s3" if len(tally.seeds) % 2 else "local"
             name = f"run-{seed}"
             uri = f"s3://{s3.bucket}/{name}" if place == "s3" else f"{tmp_path}/{name}/base"
             weights = train(name, uri, MOST_KILLS, end)

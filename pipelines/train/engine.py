@@ -119,11 +119,11 @@ class Engine:
         return float(norm) if norm is not None else 0.0
 
     @contextmanager
-    def averaged(self, everywhere: bool = True) -> Iterator[nn.Module]:
+    def averaged(self, here: bool = True) -> Iterator[nn.Module]:
         """A network of the averaged weights, whole, in training's type; gone at the end.
 
-        Every worker has one, or worker 0 alone, and the others one on the meta device. It is another network than the
-        one that learns, without DeepSpeed's hooks, and so not compiled.
+        A worker that needs none says that it is not `here`, and has one on the meta device. It is another network than
+        the one that learns, without DeepSpeed's hooks, and so not compiled.
         """
         if self.ema is None:
             raise RuntimeError(f"{self.name} is not averaged")
@@ -132,7 +132,6 @@ class Engine:
         for name, value in trained.named_buffers():
             owner, _, attribute = name.rpartition(".")
             network.get_submodule(owner)._buffers[attribute] = value
-        here = everywhere or torch.distributed.get_rank() == 0
         for name, value in self.sharded.gathered(self.ema.shadow):
             if not here:
                 continue

@@ -21,6 +21,7 @@ from pipelines.config import Size
 from pipelines.lease import Lease
 from pipelines.storage import Storage, StorageOptions
 from pipelines.tracking import Ticket, Tracker
+from pipelines.train.autoencoder import VAETask
 from pipelines.train.batches import Slices
 from pipelines.train.checkpointing import Checkpointer
 from pipelines.train.config import (
@@ -32,6 +33,7 @@ from pipelines.train.config import (
     VAETaskConfig,
     WorkersConfig,
 )
+from pipelines.train.denoiser import DenoiserTask
 from pipelines.train.engine import Engine
 from pipelines.train.guard import record
 from pipelines.train.lost import LOST
@@ -40,7 +42,7 @@ from pipelines.train.meter import Meter
 from pipelines.train.operations import peak_tflops
 from pipelines.train.outputs import export, sample_pictures, sampled_rows
 from pipelines.train.plan import Plan, PlannedBatch
-from pipelines.train.tasks import DenoiserTask, Task, VAETask
+from pipelines.train.tasks import Task
 from pipelines.train.validation import Validation, hide
 
 
@@ -87,7 +89,7 @@ def train_on_worker(settings: dict[str, Training]) -> None:
     peak = peak_tflops(training.workers.peak_tflops, device, training.workers.dtype) if rank == 0 else None
     meter = Meter(task.operations() if peak else None, peak)
     tracker, machine = (Tracker(training.ticket), Machine(device)) if rank == 0 else (None, None)
-    sampled = sampled_rows(task.reader.files, schedule.sample_buckets) if rank == 0 else []
+    sampled = sampled_rows(task.reader.files, schedule.sample_buckets)
     averaged = engines[next(iter(engines))]  # the network that is sampled from and exported
 
     for micro_batches in itertools.islice(slices, max(0, steps - step)):  # none if only the export was missed
@@ -115,7 +117,7 @@ def train_on_worker(settings: dict[str, Training]) -> None:
                 tracker.log(images_seen, numbers)
                 training.board.show.remote(images_seen, numbers)
         if schedule.sample_images and (last or _due(schedule.sample_images, images_seen, batch)):
-            _sample(tracker, task, averaged, images_seen, sampled)
+            _sample(tracker, task, averaged, images_seen, sampled, device=device)
         if last or _due(schedule.checkpoint_images, images_seen, batch):
             if tracker:
                 tracker.keep()
@@ -130,8 +132,9 @@ def train_on_worker(settings: dict[str, Training]) -> None:
 
 def _export(averaged: Engine, task: Task, plan: Plan, held: Lease) -> None:
     weights = averaged.full_weights(averaged=True)
-    with averaged.averaged(everywhere=False) as network:
-        if torch.distributed.get_rank() == 0:
+    first = torch.distributed.get_rank() == 0
+    with averaged.averaged(here=first) as network:
+        if first:
             held.check()
             export(task, network, weights, plan, held.dataset)
 
@@ -199,12 +202,22 @@ def _sample(
     averaged: Engine,
     images_seen: int,
     sampled: Sequence[tuple[Size, np.ndarray]],
+    *,
+    device: torch.device,
 ) -> None:
-    """Worker 0 shows what the averaged weights make."""
-    with averaged.averaged(everywhere=False) as network:
-        if tracker:
-            for name, picture in sample_pictures(task, network, sampled):
-                tracker.image(images_seen, name, picture)
+    """Worker 0 shows what the averaged weights make; all workers draw it, since all would wait."""
+
+    def added(pictures: torch.Tensor) -> torch.Tensor:
+        there = pictures.to(device)
+        torch.distributed.reduce(there, 0)
+        return there.cpu()
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    with averaged.averaged() as network:
+        pictures = sample_pictures(task, network, sampled, rank=rank, world=world, added=added)
+    if tracker:
+        for name, picture in pictures.items():
+            tracker.image(images_seen, name, picture)
 
 
 def _due(every: int, images_seen: int, batch: BatchConfig) -> bool:

@@ -5,39 +5,75 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from model.config import Conditioning
 from pipelines.config import Size
+from pipelines.pictures import grid
 from pipelines.schema import DataFile
 from pipelines.sources import WEIGHTS_FILE
 from pipelines.storage import Storage
 from pipelines.train.batches import Batch, LatentBatch
+from pipelines.train.denoiser import DenoiserTask
 from pipelines.train.plan import Plan
 from pipelines.train.tasks import Task
 
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 SAMPLED_ROWS = 8  # pictures in a row of the sample grid
 ORIGINAL_SIZES = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the bucket's sides
 
 
 def sample_pictures(
-    task: Task, network: torch.nn.Module, sampled: Sequence[tuple[Size, np.ndarray]]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, picture uint8 [H, W, 3]) of what the network makes: the same rows and noise at every step of a run.
+    task: Task,
+    network: torch.nn.Module,
+    sampled: Sequence[tuple[Size, np.ndarray]],
+    *,
+    rank: int,
+    world: int,
+    added: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, np.ndarray]:
+    """Pictures uint8 [H, W, 3], by name, of what the network makes: the same rows and noise at every step of a run.
 
     A grid for each of `sampled_rows`, and of base and refiner one that tells the network other original sizes of one
-    image (SDXL's figure 3).
+    image (SDXL's figure 3). All workers call it together: they take turns at the pictures, and `added` gives worker 0
+    the sum of all workers' tensors. The others have an empty dictionary.
     """
-    batches = [task.reader.read(rows, bucket, 0) for bucket, rows in sampled]
-    for number, batch in enumerate(batches):
-        yield "samples" + (f"_{batch.bucket[0]}x{batch.bucket[1]}" if number else ""), task.samples(network, batch)
-    if isinstance(batches[0], LatentBatch):
-        yield "samples_by_original_size", task.samples(network, by_original_size(batches[0]), same_noise=True)
+    task.before_samples()
+    pictures, before = {}, 0
+    for name, (bucket, rows), by_size in _grids(task, sampled):
+        places = [0] * len(ORIGINAL_SIZES) if by_size else list(range(len(rows)))
+        mine = shares(len(places), before, rank, world)
+        before += len(places)
+        cells = torch.zeros(2, len(places), *bucket, 3, dtype=torch.uint8)  # [2,B,H,W,3]
+        if mine:
+            read = task.reader.read(rows, bucket, 0)
+            batch = taken(by_original_size(read) if by_size else read, mine)
+            cells[:, mine] = torch.from_numpy(task.samples(network, batch, [places[place] for place in mine]))
+        cells = added(cells)
+        if rank == 0:
+            pictures[name] = grid(list(cells.numpy()))
+    return pictures
+
+
+def shares(count: int, before: int, rank: int, world: int) -> list[int]:
+    """Which of a grid's `count` pictures a worker draws, when the grids ahead of it had `before`."""
+    return [place for place in range(count) if (before + place) % world == rank]
+
+
+def _grids(
+    task: Task, sampled: Sequence[tuple[Size, np.ndarray]]
+) -> Iterator[tuple[str, tuple[Size, np.ndarray], bool]]:
+    """(name, bucket and rows, whether original sizes are varied) of each grid."""
+    for number, (bucket, rows) in enumerate(sampled):
+        yield "samples" + (f"_{bucket[0]}x{bucket[1]}" if number else ""), (bucket, rows), False
+    if isinstance(task, DenoiserTask):
+        yield "samples_by_original_size", (sampled[0][0], sampled[0][1][:1]), True
 
 
 def sampled_rows(files: Sequence[DataFile], buckets: int) -> list[tuple[Size, np.ndarray]]:
@@ -58,25 +94,23 @@ def sampled_rows(files: Sequence[DataFile], buckets: int) -> list[tuple[Size, np
     ]
 
 
-def by_original_size(batch: LatentBatch) -> LatentBatch:
+def by_original_size(batch: Batch) -> LatentBatch:
     """The first row several times, each told another original size: these shares of its bucket."""
-    count = len(ORIGINAL_SIZES)
+    assert isinstance(batch, LatentBatch)
+    repeated = taken(batch, [0] * len(ORIGINAL_SIZES))
+    sizes = (torch.tensor(ORIGINAL_SIZES)[:, None] * torch.tensor(batch.bucket)).round()  # [N,2]
+    return replace(repeated, conditions=repeated.conditions | {Conditioning.ORIGINAL_SIZE: sizes})
 
-    def repeated(value: torch.Tensor) -> torch.Tensor:
-        return value[:1].expand(count, *value.shape[1:])
 
-    conditions = {name: repeated(value) for name, value in batch.conditions.items()}
-    shares = torch.tensor(ORIGINAL_SIZES)[:, None]  # [N,1]
-    conditions[Conditioning.ORIGINAL_SIZE] = (shares * torch.tensor(batch.bucket)).round()  # [N,2]
-    return replace(
-        batch,
-        mean=repeated(batch.mean),
-        std=repeated(batch.std),
-        context=repeated(batch.context),
-        pooled=repeated(batch.pooled),
-        conditions=conditions,
-        tokens=None if batch.tokens is None else repeated(batch.tokens),
-    )
+def taken(batch: AnyBatch, places: Sequence[int]) -> AnyBatch:
+    """The rows of a batch at `places`."""
+
+    def rows(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: rows(part) for name, part in value.items()}
+        return value[list(places)] if isinstance(value, torch.Tensor) else value
+
+    return replace(batch, **{field.name: rows(getattr(batch, field.name)) for field in fields(batch)})
 
 
 def export(task: Task, network: torch.nn.Module, weights: dict[str, torch.Tensor], plan: Plan, output: Storage) -> None:

@@ -28,7 +28,7 @@ from model.config import UNET_PRESETS, Conditioning
 from model.denoiser_loss import DenoiserLossConfig
 from pipelines.config import TextWeightsConfig, WeightsConfig
 from pipelines.storage import StorageOptions
-from pipelines.train import tasks
+from pipelines.train import denoiser
 from pipelines.train.batches import LatentBatch
 from pipelines.train.config import (
     BatchConfig,
@@ -58,8 +58,8 @@ class Manifest:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, one worker, and no dataset: batches are handed over."""
-    monkeypatch.setattr(tasks, "require_manifest", lambda *_: Manifest)
-    monkeypatch.setattr(tasks, "LatentReader", lambda *_: None)
+    monkeypatch.setattr(denoiser, "require_manifest", lambda *_: Manifest)
+    monkeypatch.setattr(denoiser, "LatentReader", lambda *_: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29622", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
@@ -97,7 +97,7 @@ class Ours:
             loss=LOSS,
         )
         batch = BatchConfig(global_size=BATCH, micro_size=BATCH)
-        self.task = tasks.DenoiserTask(config, batch, "", StorageOptions(), torch.device("cpu"))
+        self.task = denoiser.DenoiserTask(config, batch, "", StorageOptions(), torch.device("cpu"))
         self.network = fill(self.task.networks()["unet"])
         self.start = {name: value.clone() for name, value in self.network.state_dict().items()}
         schedule = ScheduleConfig(images=10**9, checkpoint_images=1)

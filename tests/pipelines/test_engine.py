@@ -164,7 +164,7 @@ def trained_by_a_pair(case: Case, folder: Path) -> dict[str, Any]:
         found["inside"] = [p.detach().clone() for p in averaged.parameters()]
         x = batches()[0][0].to(found["inside"][0].dtype)
         found["called"] = torch.equal(engine(x), averaged(x))
-    with engine.averaged(everywhere=False) as averaged:
+    with engine.averaged(here=torch.distributed.get_rank() == 0) as averaged:
         found["alone"] = [p.detach().clone() for p in averaged.parameters() if not p.is_meta]
     found |= {"untouched": same(before, state_of(engine)), "end": state_of(engine), "norm": engine.gradient_norm()}
     resumed = new_engine(case, 2)
@@ -321,9 +321,9 @@ def vae_losses(stage: int) -> list[float]:
     from model.vae import VAE
     from model.vae_loss import PatchDiscriminator
     from pipelines.train import engine
+    from pipelines.train.autoencoder import VAETask
     from pipelines.train.batches import ImageBatch
     from pipelines.train.config import VAETaskConfig
-    from pipelines.train.tasks import VAETask
 
     engine.WHOLE_VALUES = 500  # the last layer's, and few others
     torch.manual_seed(0)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from pipelines.train.config import BatchConfig
+from pipelines.train.denoiser import by_quarter
 from pipelines.train.meter import Meter
-from pipelines.train.tasks import Loss, by_quarter
+from pipelines.train.tasks import Loss
 
 BATCH = BatchConfig(global_size=4, micro_size=2)
 

@@ -1,42 +1,39 @@
-"""What the tasks make of a batch, with the networks themselves in place of engines."""
+"""What base and refiner make of a batch, with the networks themselves in place of engines."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model import denoiser_loss as losses
 from model.conditioning import conditioning_vector
 from model.config import (
-    LPIPS_PRESETS,
     UNET_PRESETS,
     Conditioning,
     DenoiserLossConfig,
     DiffusionConfig,
     PredictionType,
-    VAELossConfig,
 )
-from model.lpips import LPIPS
-from model.metrics import psnr, ssim
 from model.text import tokenize
 from model.vae import scale
-from model.vae_loss import adaptive_weight, adversarial_loss, divergence_loss, hinge_loss, reconstruction_loss
 from pipelines import networks
-from pipelines.config import LPIPSWeightsConfig, SamplingConfig, SourceConfig, TextWeightsConfig, WeightsConfig
+from pipelines.config import SamplingConfig, TextWeightsConfig, WeightsConfig
 from pipelines.schema import DataFile
-from pipelines.storage import Storage, StorageOptions
-from pipelines.train import outputs, tasks
-from pipelines.train.batches import ImageBatch, LatentBatch
-from pipelines.train.config import BatchConfig, DenoiserTaskConfig, VAETaskConfig
+from pipelines.storage import StorageOptions
+from pipelines.train import denoiser as denoiser_module
+from pipelines.train import outputs
+from pipelines.train.batches import LatentBatch
+from pipelines.train.config import BatchConfig, DenoiserTaskConfig
+from pipelines.train.denoiser import DenoiserTask
+from pipelines.train.tasks import Loss
 
 BATCH = BatchConfig(global_size=4, micro_size=4, seed=3)
 CPU = torch.device("cpu")
-BUCKET = (16, 24)
 
 
 class Manifest:
@@ -58,13 +55,12 @@ class Direct:
 
 @pytest.fixture(autouse=True)
 def no_data(monkeypatch):
-    """Tasks without datasets: batches are handed to them."""
-    monkeypatch.setattr(tasks, "require_manifest", lambda *_: Manifest)
-    monkeypatch.setattr(tasks, "LatentReader", lambda *_: None)
-    monkeypatch.setattr(tasks, "ImageReader", lambda *_, **__: None)
+    """A task without a dataset: batches are handed to it."""
+    monkeypatch.setattr(denoiser_module, "require_manifest", lambda *_: Manifest)
+    monkeypatch.setattr(denoiser_module, "LatentReader", lambda *_: None)
 
 
-def denoiser(preset: str = "tiny-base", **settings) -> tasks.DenoiserTask:
+def denoiser(preset: str = "tiny-base", **settings) -> DenoiserTask:
     config = DenoiserTaskConfig(
         unet=WeightsConfig(preset=preset),
         latents="latents",
@@ -72,7 +68,7 @@ def denoiser(preset: str = "tiny-base", **settings) -> tasks.DenoiserTask:
         text=TextWeightsConfig(preset="tiny", seed=0),
         **settings,
     )
-    task = tasks.DenoiserTask(config, BATCH, "", StorageOptions(), CPU)
+    task = DenoiserTask(config, BATCH, "", StorageOptions(), CPU)
     torch.manual_seed(0)
     with torch.no_grad():
         for weight in task.networks()["unet"].parameters():
@@ -94,7 +90,7 @@ def latents(count: int = 4) -> LatentBatch:
     )
 
 
-def denoiser_loss(task: tasks.DenoiserTask, batch: LatentBatch) -> tasks.Loss:
+def denoiser_loss(task: DenoiserTask, batch: LatentBatch) -> Loss:
     with torch.no_grad():
         (loss,) = task.losses({name: Direct(network) for name, network in task.networks().items()}, batch)
     return loss
@@ -168,136 +164,6 @@ def test_a_zero_terminal_schedule_trains_with_finite_losses():
     assert denoiser_loss(denoiser(diffusion=diffusion, loss=last), latents()).per_sample.isfinite().all()
 
 
-@pytest.fixture
-def lpips(tmp_path) -> tuple[LPIPSWeightsConfig, LPIPS]:
-    torch.manual_seed(1)
-    network = LPIPS(LPIPS_PRESETS["tiny"])
-    for name, prefix in (("trunk", "features."), ("heads", "lin")):
-        part = {key: value for key, value in network.state_dict().items() if key.startswith(prefix)}
-        save_file(part, tmp_path / f"{name}.safetensors")
-    config = LPIPSWeightsConfig(
-        preset="tiny", trunk=f"{tmp_path}/trunk.safetensors", heads=f"{tmp_path}/heads.safetensors"
-    )
-    return config, network
-
-
-def autoencoder(lpips: LPIPSWeightsConfig | None = None, **loss) -> tasks.VAETask:
-    config = VAETaskConfig(
-        vae=WeightsConfig(preset="tiny", seed=1),
-        discriminator="tiny",
-        index="index",
-        source=SourceConfig(path="images"),
-        loss=VAELossConfig(**loss),
-        lpips=lpips,
-    )
-    return tasks.VAETask(config, BATCH, "", StorageOptions(), CPU, output=Storage("run"))
-
-
-def pictures(first: int = 0) -> ImageBatch:
-    image = torch.rand(4, 3, *BUCKET, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    return ImageBatch(first=first, bucket=BUCKET, image=image)
-
-
-def engines(task: tasks.VAETask) -> dict[str, Direct]:
-    return {name: Direct(network) for name, network in task.networks().items()}
-
-
-def reconstructed(task: tasks.VAETask, batch: ImageBatch):
-    return task.networks()["vae"](batch.image, task._posterior_noise(batch))
-
-
-def test_a_vaes_loss_is_error_and_distance_and_divergence(lpips):
-    config, network = lpips
-    task, batch = autoencoder(config, perceptual_weight=0.7, kl_weight=0.1), pictures()
-    (loss,) = task.losses(engines(task), batch)
-    reconstruction, posterior = reconstructed(task, batch)
-    error, divergence = reconstruction_loss(batch.image, reconstruction), divergence_loss(posterior, batch.image)
-    distance = network(batch.image, reconstruction)
-    torch.testing.assert_close(loss.per_sample, error + 0.7 * 3 * distance + 0.1 * divergence)
-    assert set(loss.terms) == {"reconstruction", "perceptual", "divergence"}
-    torch.testing.assert_close(loss.terms["perceptual"], distance)
-    torch.testing.assert_close(loss.terms["reconstruction"], error)
-
-
-def test_without_weights_of_lpips_there_is_no_perceptual_term():
-    task, batch = autoencoder(), pictures()
-    (loss,) = task.losses(engines(task), batch)
-    reconstruction, posterior = reconstructed(task, batch)
-    expected = reconstruction_loss(batch.image, reconstruction) + 1e-6 * divergence_loss(posterior, batch.image)
-    torch.testing.assert_close(loss.per_sample, expected)
-    assert "perceptual" not in loss.terms
-
-
-def test_a_samples_loss_does_not_depend_on_its_neighbours(lpips):
-    task, batch = autoencoder(lpips[0], kl_weight=0.1), pictures()
-    (whole,) = task.losses(engines(task), batch)
-    (alone,) = task.losses(engines(task), ImageBatch(first=2, bucket=BUCKET, image=batch.image[2:3]))
-    torch.testing.assert_close(alone.per_sample[0], whole.per_sample[2])
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_perceptual_network_is_frozen_and_the_vae_learns_from_it(lpips, checkpointing):
-    gradients = []
-    for weight in (0.0, 1.0):
-        task = autoencoder(lpips[0], perceptual_weight=weight)
-        vae = task.networks()["vae"]
-        vae.activation_checkpointing = checkpointing
-        (loss,) = task.losses(engines(task), pictures())
-        loss.per_sample.mean().backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in vae.parameters()]))
-        assert all(parameter.grad is None for parameter in task._lpips.parameters())
-        assert task._lpips.activation_checkpointing == checkpointing
-    assert not torch.allclose(*gradients)
-    assert list(task.networks()) == ["vae", "discriminator"]  # the first is averaged and exported; LPIPS is no part
-
-
-def test_the_adversarial_term_is_weighed_against_error_and_distance(lpips):
-    config, network = lpips
-    task, batch = autoencoder(config, adversarial_start_images=4, adversarial_weight=0.5), pictures(first=4)
-    first, second = task.losses(engines(task), batch)
-    vae, discriminator = task.networks().values()
-    reconstruction, posterior = reconstructed(task, batch)
-    nll = reconstruction_loss(batch.image, reconstruction) + 3 * network(batch.image, reconstruction)
-    adversarial = adversarial_loss(discriminator(reconstruction))
-    weight = adaptive_weight(nll.mean(), adversarial.mean(), vae.last_layer)
-    torch.testing.assert_close(first.terms["adaptive_weight"], weight)
-    expected = nll + 1e-6 * divergence_loss(posterior, batch.image) + 0.5 * weight * adversarial
-    torch.testing.assert_close(first.per_sample, expected)
-    assert set(first.terms) == {"reconstruction", "perceptual", "divergence", "adversarial", "adaptive_weight"}
-    assert (first.engine, second.engine) == ("vae", "discriminator")
-    torch.testing.assert_close(
-        second.per_sample, hinge_loss(discriminator(batch.image), discriminator(reconstruction.detach()))
-    )
-
-
-@pytest.mark.parametrize(("first", "count"), [(0, 1), (3, 1), (4, 2), (7, 2)])
-def test_the_adversarial_term_joins_at_its_image_for_a_whole_step(first, count):
-    task = autoencoder(adversarial_start_images=4)
-    assert len(list(task.losses(engines(task), pictures(first)))) == count
-
-
-def test_files_of_lpips_that_are_missing_are_named(tmp_path):
-    config = LPIPSWeightsConfig(trunk=f"{tmp_path}/trunk.safetensors", heads="heads.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"trunk.safetensors: there is no such file"):
-        networks.lpips(config, StorageOptions())
-
-
-def test_a_vae_learns_with_every_term(lpips):
-    task, batch = autoencoder(lpips[0], adversarial_start_images=0, adversarial_weight=0.1), pictures()
-    networks_ = task.networks()
-    steps = {name: torch.optim.AdamW(network.parameters(), lr=2e-3) for name, network in networks_.items()}
-    curve: list[dict[str, float]] = []
-    for _ in range(15):
-        for loss in task.losses(engines(task), batch):
-            steps[loss.engine].zero_grad()
-            loss.per_sample.mean().backward()
-            steps[loss.engine].step()
-            if loss.engine == "vae":
-                curve.append({name: float(value.detach().mean()) for name, value in loss.terms.items()})
-    for name in ("reconstruction", "perceptual"):
-        assert curve[-1][name] < 0.9 * curve[0][name], name
-
-
 def test_validation_measures_the_same_error_wherever_its_rows_stand_in_a_batch():
     task = denoiser(loss=DenoiserLossConfig(caption_dropout=1.0, text_dropout=1.0, size_dropout=1.0))
     network, batch = task.networks()["unet"], latents()
@@ -327,19 +193,6 @@ def test_validation_timesteps_lie_in_the_refiners_own_range():
     assert len(seen[0].unique()) == 4
 
 
-def test_a_vaes_validation_is_that_of_its_means(lpips):
-    config, network = lpips
-    task, batch = autoencoder(config), pictures()
-    vae = task.networks()["vae"]
-    with torch.no_grad():
-        made = vae.decode(vae.encode(batch.image).mean)
-    found = task.validate(vae, batch)
-    assert set(found) == {f"validation/{name}" for name in ("reconstruction", "psnr", "ssim", "lpips")}
-    torch.testing.assert_close(found["validation/psnr"], psnr(batch.image, made))
-    torch.testing.assert_close(found["validation/ssim"], ssim(batch.image, made))
-    torch.testing.assert_close(found["validation/lpips"], network(batch.image, made))
-
-
 class Grids:
     """A reader of three buckets, in files of these many rows."""
 
@@ -365,11 +218,40 @@ def test_grids_show_the_buckets_with_the_most_rows_and_other_original_sizes_of_o
     network = task.networks()["unet"].eval()
     network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     sampled = outputs.sampled_rows(task.reader.files, 2)
-    names = [name for name, _ in outputs.sample_pictures(task, network, sampled)]
-    assert names == ["samples", "samples_32x48", "samples_by_original_size"]
+    pictures = outputs.sample_pictures(task, network, sampled, rank=0, world=1, added=lambda cells: cells)
+    assert list(pictures) == ["samples", "samples_32x48", "samples_by_original_size"]
     rows, sizes, (noisy, _, _, vectors) = len(seen[0][0]), outputs.ORIGINAL_SIZES, seen[-1]
     assert (rows, len(seen[1][0]), len(noisy)) == (8, 4, len(sizes))
     assert all(torch.equal(row, noisy[0]) for row in noisy)
     told = outputs.by_original_size(task.reader.read([[1, 0]], (32, 32), 0)).conditions[Conditioning.ORIGINAL_SIZE]
     assert told.tolist() == [[round(32 * share)] * 2 for share in sizes]
     assert len({tuple(vector.tolist()) for vector in vectors}) == len(sizes)
+
+
+@pytest.mark.parametrize(("preset", "world"), [("tiny-base", 3), ("tiny-base", 40), ("tiny-refiner", 3)])
+def test_workers_take_turns_at_the_pictures_and_show_what_one_would(preset, world):
+    task = denoiser(preset, samples=SamplingConfig(steps=2, scale=2.0, handover=200))
+    task.reader = Grids()
+    network = task.networks()["unet"].eval()
+    sampled = outputs.sampled_rows(task.reader.files, 3)
+    alone: dict[int, list[Tensor]] = {rank: [] for rank in range(world)}
+
+    def drawn(rank: int, world: int, added) -> dict:
+        return outputs.sample_pictures(task, network, sampled, rank=rank, world=world, added=added)
+
+    expected = drawn(0, 1, lambda cells: cells)
+    for rank in range(1, world):
+        assert drawn(rank, world, lambda cells, rank=rank: alone[rank].append(cells) or cells) == {}
+    grids = iter(zip(*(alone[rank] for rank in range(1, world)), strict=True))
+    found = drawn(0, world, lambda cells: torch.stack([cells, *next(grids)]).sum(0, dtype=torch.uint8))
+    assert list(found) == list(expected)
+    for name, picture in found.items():  # passes of another size round differently
+        assert np.abs(picture.astype(int) - expected[name]).max() <= 2
+
+
+@pytest.mark.parametrize("world", [1, 3, 40])
+def test_no_worker_draws_more_than_one_picture_more_than_another(world):
+    grids = ((8, 0), (4, 8), (5, 12))  # pictures, and those of the grids before
+    drawn = [[len(outputs.shares(*grid, rank, world)) for grid in grids] for rank in range(world)]
+    assert [sum(column) for column in zip(*drawn, strict=True)] == [8, 4, 5]
+    assert max(map(sum, drawn)) - min(map(sum, drawn)) <= 1

@@ -45,6 +45,7 @@ def plan(job: GenerateJob) -> None:
     """Print what would be made."""
     from pipelines.estimate import parameters, readable
     from pipelines.evaluate.generate import checked_prompts
+    from pipelines.networks import require_weights
 
     config, sampling = job.generate, job.generate.sampling
     prompts = checked_prompts(config, job.storage)
@@ -66,6 +67,12 @@ def plan(job: GenerateJob) -> None:
         total += count * size
         print(f"{name}: {count:,} parameters")
     print(f"memory per worker, without activations: {readable(total)}")
+    for part, weights in (("unet", config.base), ("unet", config.refiner), ("vae", config.vae)):
+        try:
+            if weights is not None:
+                require_weights(weights, part, job.storage)
+        except (FileNotFoundError, ValueError) as error:  # they may be trained yet
+            print(f"warning: {error}")
 
 
 if __name__ == "__main__":

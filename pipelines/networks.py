@@ -31,7 +31,7 @@ from model.text import TextEncoders, load_text_encoders, random_text_encoders
 from model.unet import UNet
 from model.vae import VAE
 from model.vae_loss import PatchDiscriminator
-from model.weights import Kind, load_unet, load_vae, read_unet, save_weights
+from model.weights import Kind, load_unet, load_vae, read_unet, read_vae, save_weights
 from model.weights import fingerprint as weights_fingerprint
 from pipelines.checkpoints import averaged_weights, is_checkpoint, run_settings
 from pipelines.config import LPIPSWeightsConfig, TextWeightsConfig, WeightsConfig
@@ -97,6 +97,23 @@ def text_encoders(
         local_text(config.bigg, "text_encoder_2", options, pickles) as bigg,
     ):
         return load_text_encoders(preset, clip_l, bigg, allow_pickle=pickles, dtype=dtype, device=device)
+
+
+def require_weights(config: WeightsConfig, part: str, options: StorageOptions) -> None:
+    """Raise FileNotFoundError or ValueError where the weights of "unet" or "vae" are missing or, here, do not fit.
+
+    None is read, and nothing is copied: of s3:// it is looked alone whether they are there.
+    """
+    assert config.path is not None
+    if part == "unet" and is_checkpoint(Storage(config.path, options)):
+        return
+    if not find(config.path, part, options, config.allow_pickle).storage.is_local:
+        return
+    with local_weights(config.path, part, options, config.allow_pickle) as path:
+        if part == "unet":
+            read_unet(path, UNET_PRESETS[config.preset], config.allow_pickle)
+        else:
+            read_vae(path, VAE_PRESETS[config.preset], config.allow_pickle)
 
 
 def trained_diffusion(config: WeightsConfig, options: StorageOptions) -> DiffusionConfig:

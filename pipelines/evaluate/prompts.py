@@ -19,6 +19,7 @@ from pipelines.schema import INDEX_ONLY, INDEX_SCHEMA, Column, data_files, diges
 from pipelines.storage import Storage, StorageOptions
 
 SLUG_CHARACTERS = 40
+TEXTS = ("prompt", "negative")  # of PromptColumns; the others are whole numbers
 FILE_NUMBER, ROW_NUMBER = "file_number", "row_number"
 
 
@@ -56,7 +57,8 @@ def read_prompts(config: PromptsConfig, options: StorageOptions, pinned: str | N
     """The prompts of a config, in order; each as often as config.per_prompt, with seeds that count up.
 
     `pinned` is the digest of an index's version to read them from; None is the current one.
-    Raises ValueError where there is none, and for a table without the columns that the config names.
+    Raises ValueError where there is none, for a table without the columns that the config names or with other values in
+    them than text and whole numbers, and FileNotFoundError.
     """
     found = [
         replace(prompt, seed=prompt.seed + offset)
@@ -65,6 +67,8 @@ def read_prompts(config: PromptsConfig, options: StorageOptions, pinned: str | N
     ]
     if not found:
         raise ValueError("prompts: there is none")
+    if wide := [prompt.seed for prompt in found if not -(2**63) <= prompt.seed < 2**63]:
+        raise ValueError(f"prompts.seed: {wide[0]} does not fit into 64 bits")
     return found
 
 
@@ -153,7 +157,10 @@ def _table_prompts(config: PromptsConfig, shared: Prompt, options: StorageOption
     named = {field: column for field, column in asdict(columns).items() if column is not None}
     left = config.count
     for where, storage, name in _tables(config.parquet, options):
-        there = storage.table_columns(name)
+        try:
+            there = storage.table_columns(name)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"prompts.parquet: {where} is no Parquet file: {error}") from error
         if missing := sorted(set(named.values()) - set(there)):
             raise ValueError(f"prompts.columns: {where} has no column {missing}; it has {there}")
         table = storage.read_table(name, sorted(set(named.values())))
@@ -162,11 +169,19 @@ def _table_prompts(config: PromptsConfig, shared: Prompt, options: StorageOption
             empty = [named[field] for field, value in values.items() if value is None and field != "negative"]
             if empty:
                 raise ValueError(f"prompts.parquet: {where}: row {number} has nothing in {empty}")
+            for field, value in values.items():
+                kind = str if field in TEXTS else int
+                whole = isinstance(value, float) and value.is_integer()  # as pandas has a column with nulls
+                if not (value is None or isinstance(value, kind) or (kind is int and whole)):
+                    expected = "text" if kind is str else "a whole number"
+                    raise ValueError(
+                        f"prompts.parquet: {where}: row {number} has {value!r} in {named[field]!r}; expected {expected}"
+                    )
             height = int(values.get("height", shared.size[0]))
             width = int(values.get("width", shared.size[1]))
             yield replace(
                 shared,
-                text=str(values["prompt"]),
+                text=values["prompt"],
                 negative=values.get("negative", shared.negative),
                 seed=int(values.get("seed", shared.seed)),
                 size=(height, width),
@@ -180,7 +195,10 @@ def _tables(path: str, options: StorageOptions) -> Iterator[tuple[str, Storage, 
     """(for messages, storage, name) of a Parquet file, or of all of a folder."""
     if path.endswith(".parquet"):
         folder, _, name = path.rpartition("/")
-        yield path, Storage(folder or ".", options), name
+        storage = Storage(folder or ".", options)
+        if not storage.exists(name):
+            raise FileNotFoundError(f"prompts.parquet: there is no {path}")
+        yield path, storage, name
         return
     folder_storage = Storage(path, options)
     names = sorted(file.name for file in folder_storage.list() if file.name.endswith(".parquet"))
@@ -192,7 +210,12 @@ def _tables(path: str, options: StorageOptions) -> Iterator[tuple[str, Storage, 
 def _lines(path: str, options: StorageOptions) -> list[str]:
     """The lines of a UTF-8 text file that are not empty."""
     folder, _, name = path.rpartition("/")
-    lines = Storage(folder or ".", options).read(name).decode("utf-8-sig").splitlines()
+    try:
+        lines = Storage(folder or ".", options).read(name).decode("utf-8-sig").splitlines()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise FileNotFoundError(f"prompts.file: {path} is no file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts.file: {path} is no text in UTF-8: {error.reason}, byte {error.start}") from error
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -96,7 +96,9 @@ def test_a_dry_run_of_pictures_prints_how_many_and_how_large(folder, capsys):
     before = files(folder)
     assert ended("pictures.toml", "--dry-run", kind=GenerateJob, job=generate) == 0
     assert files(folder) == before
-    assert "prompts: 2, 2 of 32 x 48" in capsys.readouterr().out
+    plan = capsys.readouterr().out
+    assert "prompts: 2, 2 of 32 x 48" in plan
+    assert plan.count("warning: no weights at ") == 2
 
 
 def test_a_mistake_in_the_settings_starts_nothing_and_ends_with_two(folder, capsys):

@@ -124,6 +124,18 @@ def test_every_source_says_what_schedule_it_was_trained_with(sources, source):
     assert found == (DiffusionConfig() if source.endswith(".ckpt") else V)  # a pickle has no place for it
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_weights_are_known_to_fit_without_being_read(sources, source):
+    folder, _ = sources
+    for part, other in (("unet", "tiny-refiner"), ("vae", "sdxl")):
+        config = weights_at(folder, source, part)
+        networks.require_weights(config, part, OPTIONS)
+        with pytest.raises(ValueError, match=r"does not fit|another network|found, expected"):
+            networks.require_weights(replace(config, preset=other), part, OPTIONS)
+        with pytest.raises(FileNotFoundError, match=r"no weights at .*/gone\.safetensors"):
+            networks.require_weights(replace(config, path=f"{folder}/gone.safetensors"), part, OPTIONS)
+
+
 def test_half_precision_weights_are_the_same_as_the_ones_they_load_to(sources, tmp_path):
     _, modules = sources
     half = {key: value.half() for key, value in modules["unet"].state_dict().items()}

@@ -83,6 +83,47 @@ def test_a_row_without_a_prompt_is_named(tmp_path):
         prompts(parquet=f"{tmp_path}/p.parquet")
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "expected"),
+    [
+        ("seed", 1.5, "a whole number"),
+        ("height", "64", "a whole number"),
+        ("prompt", 7, "text"),
+        ("negative", 7, "text"),
+    ],
+)
+def test_a_value_of_another_kind_is_named_with_its_row(tmp_path, column, value, expected):
+    good = {"prompt": "a", "negative": None, "seed": 3, "height": 64}
+    pq.write_table(
+        pa.Table.from_pylist([{key: good[key] for key in good if key != column} | {column: value}]),
+        tmp_path / "p.parquet",
+    )
+    columns = PromptColumns(**{name: name for name in good})
+    with pytest.raises(ValueError, match=rf"p\.parquet: row 0 has {value!r} in '{column}'; expected {expected}"):
+        prompts(parquet=f"{tmp_path}/p.parquet", columns=columns)
+
+
+def test_whole_numbers_that_a_null_turned_into_floats_are_numbers(tmp_path):
+    pq.write_table(pa.table({"prompt": ["a"], "height": [64.0]}), tmp_path / "p.parquet")
+    (prompt,) = prompts(parquet=f"{tmp_path}/p.parquet", columns=PromptColumns(height="height"), size=(32, 32))
+    assert prompt.size == (64, 32)
+
+
+def test_places_that_hold_no_prompts_are_named_with_their_setting(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
+    (tmp_path / "page.parquet").write_text("<html>")
+    for settings, error, message in (
+        ({"file": f"{tmp_path}/no.txt"}, FileNotFoundError, r"^prompts.file: .*no.txt is no file"),
+        ({"file": str(tmp_path)}, FileNotFoundError, "^prompts.file: .* is no file"),
+        ({"file": f"{tmp_path}/latin.txt"}, ValueError, r"^prompts.file: .*latin.txt is no text in UTF-8: .* byte 2"),
+        ({"parquet": f"{tmp_path}/no.parquet"}, FileNotFoundError, r"^prompts.parquet: there is no .*no.parquet"),
+        ({"parquet": f"{tmp_path}/page.parquet"}, ValueError, r"^prompts.parquet: .*page.parquet is no Parquet file"),
+        ({"texts": ("a",), "seed": 2**63 - 1, "per_prompt": 2}, ValueError, f"^prompts.seed: {2**63} does not fit"),
+    ):
+        with pytest.raises(error, match=message):
+            prompts(**settings)
+
+
 def test_nothing_to_make_is_an_error(tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(ValueError, match="there is none"):

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from jobs.cli import USAGE_ERROR, JobError, main
+from jobs.cli import main, sole_writer
 from jobs.config import CleanJob
-from pipelines.lease import InUseError, lease
 from pipelines.storage import Storage
 
 if TYPE_CHECKING:
@@ -24,13 +23,10 @@ def run(job: CleanJob) -> None:
 
     pinned = _pinned(job)
     for folder, kind in _folders(job):
-        try:
-            with lease(folder) if job.apply else nullcontext():
-                leftovers = _left(job, folder, kind, pinned)
-                if job.apply:
-                    remove(folder, leftovers)
-        except InUseError as error:
-            raise JobError(str(error), USAGE_ERROR) from error
+        with sole_writer(folder) if job.apply else nullcontext():
+            leftovers = _left(job, folder, kind, pinned)
+            if job.apply:
+                remove(folder, leftovers)
         _print(folder, leftovers, "removed" if job.apply else "would be removed (apply=true)")
 
 

@@ -12,7 +12,8 @@ import socket
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 from jobs.config import Job
 from jobs.remedies import remedy
 from pipelines.config import HIDDEN, without_secrets
+from pipelines.lease import InUseError, Lease, lease
+from pipelines.storage import Storage
 from pipelines.version import started_module
 
 J = TypeVar("J", bound=Job)
@@ -154,6 +157,16 @@ def start_ray(job: Job) -> None:
         logging_level=logging.WARNING,
         runtime_env={"env_vars": {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}},
     )
+
+
+@contextmanager
+def sole_writer(folder: Storage) -> Iterator[Lease]:
+    """Hold the folder's lease for the block. Raises JobError, of a job that started nothing, where another has it."""
+    try:
+        with lease(folder) as held:
+            yield held
+    except InUseError as error:
+        raise JobError(str(error), USAGE_ERROR) from error
 
 
 def _knock(address: str) -> None:

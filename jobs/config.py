@@ -445,7 +445,7 @@ class CleanJob(Job):
     evaluations: tuple[str, ...] = ()
     """Outputs of jobs.evaluate: the versions of indexes that they measure on stay. Nothing is removed there."""
     pictures: tuple[str, ...] = ()
-    """Outputs of jobs.generate. They have no lease: give none that is being written."""
+    """Outputs of jobs.generate."""
     keep: RetentionConfig = Field(default_factory=RetentionConfig)
     """What stays."""
     apply: bool = False

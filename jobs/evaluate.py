@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from jobs.cli import JobError, check_resources, main, settings
+from jobs.cli import JobError, check_resources, main, settings, sole_writer, start_ray
 from jobs.config import EvaluateJob
 from pipelines.checkpoints import RUN
 from pipelines.config import without_secrets
+from pipelines.lease import Lease
 from pipelines.storage import Storage
 from pipelines.tracking import Lineage, Run, Ticket, closing, joined, open_run, send_left, tracking_uri
 
@@ -20,17 +21,26 @@ FEW_IMAGES = 2_048  # the width of Inception's features: fewer images have no co
 
 
 def run(job: EvaluateJob) -> None:
-    """Measure what has not been measured, and log it: of a training run, into its own MLflow run."""
+    """Measure what has not been measured, and log it: of a training run, into its own MLflow run.
+
+    No other process may write the folder of the figures meanwhile.
+    """
+    with sole_writer(Storage(job.output, job.storage)) as held:
+        _run(job, held)
+
+
+def _run(job: EvaluateJob, held: Lease) -> None:
     from pipelines.evaluate.evaluate import evaluate
 
     config, uri = job.evaluate, tracking_uri(job.tracking)
+    start_ray(job)
     if _training_run(job, uri) is None and config.watch:
         print(f"evaluate: waits for a training run in {config.weights.path}", flush=True)
     check_resources(job, "evaluate.resources", GPU=config.resources.gpus * config.resources.workers[0])
     if config.generate is not None:
         resources = config.generate.resources
         check_resources(job, "evaluate.generate.resources", GPU=resources.gpus * resources.workers[0])
-    results = evaluate(config, Storage(job.output, job.storage))
+    results = evaluate(config, held)
     result = next(results)  # raises, or waits for a run's first checkpoint, before anything is logged
     with _mlflow_run(job, uri) as tracked:
         tracked.json("evaluation.json", settings(job))
@@ -83,7 +93,7 @@ def _mlflow_run(job: EvaluateJob, uri: str) -> Iterator[Run]:
     inputs = [Lineage(name="index", uri=index.uri, manifest=pinned_index(job.evaluate, output))]
     name = job.tracking.run_name
     send_left(uri, output)
-    tracked = open_run(uri, stage="evaluate", name=name, config=settings(job), inputs=inputs, output=output)
+    tracked = open_run(uri, stage="evaluate", name=name, config=settings(job), inputs=inputs, output=output, alone=True)
     with closing(tracked):
         yield tracked
 
@@ -118,4 +128,4 @@ def _line(result: Result) -> str:
 
 
 if __name__ == "__main__":
-    main(EvaluateJob, run, plan)
+    main(EvaluateJob, run, plan, needs_ray=False)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from jobs.cli import check_resources, main, settings, start_ray
+from jobs.cli import check_resources, main, settings, sole_writer, start_ray
 from jobs.config import GenerateJob
+from pipelines.lease import Lease
 from pipelines.schema import require_manifest
 from pipelines.storage import Storage
 from pipelines.tracking import Lineage, closing, open_run, send_left, tracking_uri
 
 
 def run(job: GenerateJob) -> None:
-    """Make the pictures that are not there yet."""
+    """Make the pictures that are not there yet, in a folder that no other process may write meanwhile."""
+    with sole_writer(Storage(job.output, job.storage)) as held:
+        _run(job, held)
+
+
+def _run(job: GenerateJob, held: Lease) -> None:
     from pipelines.evaluate.generate import generate_pictures
 
-    config, output = job.generate, Storage(job.output, job.storage)
+    config, output = job.generate, held.dataset
 
     def begin() -> None:
         start_ray(job)
@@ -30,10 +36,10 @@ def run(job: GenerateJob) -> None:
     uri = tracking_uri(job.tracking)
     send_left(uri, output)
     name = job.tracking.run_name
-    tracked = open_run(uri, stage="generate", name=name, config=settings(job), inputs=inputs, output=output)
+    tracked = open_run(uri, stage="generate", name=name, config=settings(job), inputs=inputs, output=output, alone=True)
     begun = time.perf_counter()
     with closing(tracked):
-        done = generate_pictures(config, output, begin)
+        done = generate_pictures(config, output, held, begin)
         seconds = time.perf_counter() - begun
         for sheet in done.sheets:
             tracked.file(sheet, output.read(sheet))

@@ -9,9 +9,20 @@ from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING
 
-from jobs.cli import FAILURE, HELD, LOOK, USAGE_ERROR, JobError, check_resources, main, settings, start_ray
+from jobs.cli import (
+    FAILURE,
+    HELD,
+    LOOK,
+    USAGE_ERROR,
+    JobError,
+    check_resources,
+    main,
+    settings,
+    sole_writer,
+    start_ray,
+)
 from jobs.config import PreprocessJob
-from pipelines.lease import InUseError, Lease, lease
+from pipelines.lease import Lease
 from pipelines.preprocess.alert import HeldError
 from pipelines.preprocess.bucket import bucket_table
 from pipelines.preprocess.sources.listing import list_inputs
@@ -51,11 +62,8 @@ def run_stage(job: PreprocessJob, stage: str) -> str | None:
     """Run one stage on its dataset, which no other process may write meanwhile; gives what a person should look at."""
     folder = job.index if stage == "index" else job.latents
     assert folder is not None
-    try:
-        with lease(Storage(folder, job.storage)) as held:
-            return _run_stage(job, stage, held)
-    except InUseError as error:
-        raise JobError(str(error), USAGE_ERROR) from error
+    with sole_writer(Storage(folder, job.storage)) as held:
+        return _run_stage(job, stage, held)
 
 
 def _run_stage(job: PreprocessJob, stage: str, held: Lease) -> str | None:

@@ -6,9 +6,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-from jobs.cli import USAGE_ERROR, JobError, check_resources, settings, start_ray
+from jobs.cli import check_resources, settings, sole_writer, start_ray
 from jobs.config import TrainDenoiserJob, TrainingJob, TrainVAEJob
-from pipelines.lease import InUseError, lease
 from pipelines.schema import require_manifest
 from pipelines.storage import Storage
 
@@ -24,26 +23,23 @@ def train_stage(job: TrainVAEJob | TrainDenoiserJob, stage: str) -> None:
         check_resources(job, "workers", CPU=workers.fewest * workers.cpus, **gpus)
 
     begun = time.perf_counter()
-    try:
-        with lease(Storage(job.output, job.storage)) as held:
-            images = train(
-                stage=stage,
-                task=job.task,
-                batch=job.batch,
-                optimizer=job.optimizer,
-                ema=job.ema,
-                schedule=job.schedule,
-                workers=job.workers,
-                tracking=job.tracking,
-                options=job.storage,
-                held=held,
-                settings=settings(job),
-                begin=begin,
-                labels=job.ray.label_selector,
-                driver=job.driver if isinstance(job, TrainVAEJob) else None,
-            )
-    except InUseError as error:
-        raise JobError(str(error), USAGE_ERROR) from error
+    with sole_writer(Storage(job.output, job.storage)) as held:
+        images = train(
+            stage=stage,
+            task=job.task,
+            batch=job.batch,
+            optimizer=job.optimizer,
+            ema=job.ema,
+            schedule=job.schedule,
+            workers=job.workers,
+            tracking=job.tracking,
+            options=job.storage,
+            held=held,
+            settings=settings(job),
+            begin=begin,
+            labels=job.ray.label_selector,
+            driver=job.driver if isinstance(job, TrainVAEJob) else None,
+        )
     if images:
         print(
             f"{stage}: trained to {job.schedule.images} images in {time.perf_counter() - begun:.1f} s, in {job.output}"

@@ -98,7 +98,11 @@ def left_in_pictures(output: Storage, keep: RetentionConfig, now_us: int) -> lis
     named = {row["file"] for row in listed["pictures"]} | set(listed["contact_sheets"])
     before_us = now_us - int(keep.older_than_hours * MICROSECONDS_PER_HOUR)
     files = [file for folder in PICTURE_FOLDERS for file in output.list(folder) if file.name not in named]
-    return _older(files, before_us, "a picture that the list does not name")
+    voids = [file for file in output.list(LEASES) if file.name.endswith(".broken")]
+    return [
+        *_older(files, before_us, "a picture that the list does not name"),
+        *_older(voids, before_us, "the lease of a process that died"),
+    ]
 
 
 def pinned_by(run: Storage) -> str:

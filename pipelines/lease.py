@@ -1,5 +1,5 @@
-"""One writer per folder, a dataset or a training run, on any storage: a lease that a dead owner loses, and under which
-a paused one, or what it has started elsewhere, cannot commit.
+"""One writer per folder, of a dataset or of what a job makes, on any storage: a lease that a dead owner loses, and
+under which a paused one, or what it has started elsewhere, cannot commit.
 
 It asks of the storage only that a file which was written is listed from then on. Names are never shared between
 owners, so servers without conditional writes serve as well:
@@ -67,7 +67,7 @@ class Lease:
     """The right to commit to `dataset`, while it is held; workers elsewhere are given it to ask for themselves."""
 
     dataset: Storage
-    """What is written: a dataset's folder, or a run's."""
+    """What is written: the folder of a dataset, a run, pictures or figures."""
     claim: Claim
 
     def check(self) -> None:

@@ -35,6 +35,7 @@ from pipelines.evaluate.generate import generate_pictures
 from pipelines.evaluate.measure import FEATURES, MeasurePictures, MeasureReconstructions, measured, png
 from pipelines.evaluate.prompts import index_rows
 from pipelines.evaluate.subjects import Subject, copied_out, copies, copy_name, is_finished, subjects
+from pipelines.lease import Lease
 from pipelines.originals import Originals
 from pipelines.pictures import contact_sheet
 from pipelines.schema import PLACE, Column, Manifest, digest, read_manifest, require_manifest
@@ -67,13 +68,15 @@ class Result:
     """Whether it was measured now; otherwise it was there."""
 
 
-def evaluate(config: EvaluateConfig, output: Storage) -> Iterator[Result]:
+def evaluate(config: EvaluateConfig, held: Lease) -> Iterator[Result]:
     """Each result once it is stored, the least trained first. With config.watch, until the run is finished; those that
     earlier calls have stored come first.
 
-    All are measured on the index as it was at the first: a commit beside it changes no figure. Raises FileNotFoundError
-    where there is nothing to measure, or where that version of the index is gone.
+    `held` is the right to write the output. All are measured on the index as it was at the first: a commit beside it
+    changes no figure. Raises FileNotFoundError where there is nothing to measure, or where that version of the index is
+    gone.
     """
+    output = held.dataset
     weights, kind = config.weights, Kind.VAE if config.network == "vae" else Kind.UNET
     assert weights.path is not None
     output.remove_incomplete()
@@ -88,7 +91,7 @@ def evaluate(config: EvaluateConfig, output: Storage) -> Iterator[Result]:
         newest = found[-1]
         if newest.name not in results:
             subject = copied_out(newest, weights, kind, output)
-            results[newest.name] = _measure(config, subject, output, settings, index)
+            results[newest.name] = _measure(config, subject, held, settings, index)
         _write_summary(config, results, set(), output)
         yield results[newest.name]
         return
@@ -112,7 +115,7 @@ def evaluate(config: EvaluateConfig, output: Storage) -> Iterator[Result]:
                     raise RuntimeError(f"{subject.path} cannot be read: {error}") from error
         if waiting:
             subject = waiting.pop(min(waiting))
-            results[subject.name] = _measure(config, subject, output, settings, index)
+            results[subject.name] = _measure(config, subject, held, settings, index)
             _write_summary(config, results, attempts.keys() - waiting.keys() - results.keys(), output)
             yield results[subject.name]
         elif ended and not unread:
@@ -155,11 +158,13 @@ def evaluated_rows(config: EvaluateConfig, options: StorageOptions, index: Manif
     ]
 
 
-def _measure(config: EvaluateConfig, subject: Subject, output: Storage, settings: str, index: Manifest) -> Result:
+def _measure(config: EvaluateConfig, subject: Subject, held: Lease, settings: str, index: Manifest) -> Result:
     """The figures of a subject, stored; its copy is not needed any more."""
+    output = held.dataset
     folder, begun = output.folder(f"{subject.name}-{settings}"), time.perf_counter()
     figures = _reconstructions if config.network == "vae" else _pictures
-    numbers, grid = figures(config, subject, folder, output, index)
+    numbers, grid = figures(config, subject, folder, held, index)
+    held.check()
     folder.write(GRID, grid)
     document = {
         "images_seen": subject.images_seen,
@@ -194,7 +199,7 @@ def _result(name: str, folder: Storage, measured: bool) -> Result:
 
 
 def _pictures(
-    config: EvaluateConfig, subject: Subject, folder: Storage, output: Storage, index: Manifest
+    config: EvaluateConfig, subject: Subject, folder: Storage, held: Lease, index: Manifest
 ) -> tuple[dict[str, float], bytes]:
     """Pictures of the captions against the index's images: FID, CLIP score, and that of the images themselves."""
     assert config.generate is not None
@@ -203,14 +208,14 @@ def _pictures(
         generate = replace(config.generate, base=weights)
     else:
         generate = replace(config.generate, refiner=weights)
-    pictures = generate_pictures(generate, folder, pinned=index.digest).pictures
+    pictures = generate_pictures(generate, folder, held, pinned=index.digest).pictures
     rows = [
         {"source": SourceConfig.name, "path": row["file"], "size": row["size"], "caption": row["text"]}
         for row in pictures
     ]
     there = Originals((SourceConfig(path=folder.uri),), folder.options)
     made = measured(MeasurePictures, (folder.options, there, MADE_PIXELS), rows, config)
-    real, real_score = _real_images(config, output, index)
+    real, real_score = _real_images(config, held.dataset, index)
     numbers: dict[str, float] = {"images": made.count, **made.means}
     if real_score is not None:
         numbers["clip_score_of_real_images"] = real_score
@@ -236,11 +241,11 @@ def _real_images(config: EvaluateConfig, output: Storage, index: Manifest) -> tu
 
 
 def _reconstructions(
-    config: EvaluateConfig, subject: Subject, folder: Storage, output: Storage, index: Manifest
+    config: EvaluateConfig, subject: Subject, folder: Storage, held: Lease, index: Manifest
 ) -> tuple[dict[str, float], bytes]:
     """Images through the VAE against the images: PSNR, SSIM, LPIPS, and the FID between the two sets (rFID)."""
-    rows = evaluated_rows(config, output.options, index)
-    found = measured(MeasureReconstructions, (*_images(config, output.options, index), subject.path), rows, config)
+    rows = evaluated_rows(config, folder.options, index)
+    found = measured(MeasureReconstructions, (*_images(config, folder.options, index), subject.path), rows, config)
     numbers: dict[str, float] = {"images": found.count, **found.means}
     if config.inception is not None:
         numbers["rfid"] = frechet_distance(found.moments[f"{FEATURES}_real"], found.moments[f"{FEATURES}_made"])

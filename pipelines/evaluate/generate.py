@@ -26,6 +26,7 @@ from pipelines import networks
 from pipelines.config import OVERLAPS_PER_TILE
 from pipelines.evaluate.config import GenerateConfig
 from pipelines.evaluate.prompts import Prompt, batches, read_prompts
+from pipelines.lease import Lease
 from pipelines.pictures import contact_sheet, to_pixels
 from pipelines.progress import progress
 from pipelines.sampling import Conditions, Told, base_denoiser, generate, refiner_denoiser
@@ -49,12 +50,16 @@ class Made:
 
 
 def generate_pictures(
-    config: GenerateConfig, output: Storage, begin: Callable[[], object] | None = None, pinned: str | None = None
+    config: GenerateConfig,
+    output: Storage,
+    held: Lease,
+    begin: Callable[[], object] | None = None,
+    pinned: str | None = None,
 ) -> Made:
     """Make every picture that is not there yet, then write the contact sheets and, last, the manifest.
 
-    `begin` is called before the first use of Ray, if there is work for it. `pinned` is the version of the index whose
-    captions are the prompts; None is the current one.
+    `held` is the right to write `output`, or a folder above it. `begin` is called before the first use of Ray, if there
+    is work for it. `pinned` is the version of the index whose captions are the prompts; None is the current one.
     """
     output.remove_incomplete()
     config = with_diffusion(config, output.options)
@@ -75,6 +80,7 @@ def generate_pictures(
                 bar.update(1)
     listed = [{"file": name, **asdict(prompt)} for name, prompt in zip(names, prompts, strict=True)]
     sheets = _write_sheets(listed[: config.sheets * SHEET_PICTURES], output)
+    held.check()
     output.write_json(MANIFEST, {"made_by": made_by, "pictures": listed, "contact_sheets": sheets})
     return Made(pictures=listed, made=len(todo), sheets=sheets)
 

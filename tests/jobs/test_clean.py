@@ -171,6 +171,7 @@ def test_pictures_that_the_list_names_stay(tmp_path):
         output.write(name, b"png")
     sheets = ["contact_sheets/0000.png"]
     output.write_json("manifest.json", {"pictures": [{"file": "pictures/a.png"}], "contact_sheets": sheets})
+    output.write("lease/dead.broken", b"")
     age(tmp_path, 25)
     clean.run(job(pictures=[output.uri], apply=True))
     assert {file.name for file in output.list()} == {"manifest.json", "pictures/a.png", "contact_sheets/0000.png"}

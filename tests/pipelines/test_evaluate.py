@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ from pipelines.config import SourceConfig, WeightsConfig
 from pipelines.evaluate import evaluate as module
 from pipelines.evaluate import subjects as subjects_module
 from pipelines.evaluate.config import EvaluateConfig, InceptionConfig, ReconstructConfig
-from pipelines.evaluate.evaluate import evaluate
+from pipelines.evaluate.evaluate import Result, evaluate
 from pipelines.evaluate.measure import SCHEMA, MeasurePictures, MeasureReconstructions
 from pipelines.evaluate.subjects import subjects
 from pipelines.images import content_id
+from pipelines.lease import lease
 from pipelines.originals import Originals
 from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, DataFile, write_manifest
 from pipelines.storage import Storage, StorageOptions
@@ -52,6 +54,12 @@ def config(tmp_path: Path, **settings) -> EvaluateConfig:
         ),
         **settings,
     )
+
+
+def evaluated(config: EvaluateConfig, output: Storage) -> Iterator[Result]:
+    """The results, as a job has them that holds the output's lease."""
+    with lease(output) as held:
+        yield from evaluate(config, held)
 
 
 @pytest.fixture
@@ -165,7 +173,7 @@ def run(tmp_path, monkeypatch, vae) -> Run:
         assert (name, next(network.parameters()).device.type) == ("vae", "meta")
         return {key: value + images_seen for key, value in vae.state_dict().items()}
 
-    def measure(config, subject, folder, output, index):
+    def measure(config, subject, folder, held, index):
         folder.write("picture.png", b"made for it")
         return {
             "shift": float(
@@ -200,8 +208,8 @@ def index(tmp_path: Path, *paths: str) -> str:
 def test_an_index_that_grows_beside_an_evaluation_changes_none_of_its_figures(run, tmp_path, monkeypatch):
     first, measured = index(tmp_path, "b.png", "c.png"), []
 
-    def measure(config, subject, folder, output, pinned):
-        rows = module.evaluated_rows(config, output.options, pinned)
+    def measure(config, subject, folder, held, pinned):
+        rows = module.evaluated_rows(config, folder.options, pinned)
         measured.append((subject.images_seen, [row["path"] for row in rows]))
         index(tmp_path, "a.png", "b.png", "c.png")  # a nightly commit
         return {}, b"png"
@@ -211,24 +219,25 @@ def test_an_index_that_grows_beside_an_evaluation_changes_none_of_its_figures(ru
     run.start(64)
     run.checkpoint(16)
     run.checkpoint(32)
-    watching = evaluate(config(tmp_path, watch=True), output)
+    watching = evaluated(config(tmp_path, watch=True), output)
     assert [next(watching).images_seen for _ in range(2)] == [16, 32]
     watching.close()
     run.checkpoint(48)
-    again = evaluate(config(tmp_path, watch=True), output)  # started anew
+    again = evaluated(config(tmp_path, watch=True), output)  # started anew
     assert [(r.images_seen, r.measured) for r in (next(again) for _ in range(3))] == [
         (16, False),
         (32, False),
         (48, True),
     ]
+    again.close()
     assert measured == [(images, ["b.png", "c.png"]) for images in (16, 32, 48)]
     assert pinned_by_evaluation(output) == {first}
     other = Storage(f"{tmp_path}/other")
-    next(evaluate(config(tmp_path), other))
+    next(evaluated(config(tmp_path), other))
     assert measured[-1] == (48, ["a.png", "b.png", "c.png"])
     Storage(f"{tmp_path}/index").delete(f"manifests/{first}.json")
     with pytest.raises(FileNotFoundError, match=f"version {first} of .*, which is gone; choose another output"):
-        next(evaluate(config(tmp_path), output))
+        next(evaluated(config(tmp_path), output))
 
 
 def test_a_checkpoint_that_could_not_be_read_once_is_read_again_though_the_run_has_ended(run, tmp_path, monkeypatch):
@@ -247,7 +256,7 @@ def test_a_checkpoint_that_could_not_be_read_once_is_read_again_though_the_run_h
     monkeypatch.setattr(subjects_module, "averaged_weights", once_broken)
     monkeypatch.setattr(module.time, "sleep", lambda _: slept.append(1))
     output = Storage(f"{tmp_path}/evaluation")
-    results = list(evaluate(config(tmp_path, watch=True), output))
+    results = list(evaluated(config(tmp_path, watch=True), output))
     assert {result.images_seen for result in results} == {16, 64}
     assert output.read_json("metrics.json")["missed"] == []
 
@@ -268,7 +277,7 @@ def test_a_checkpoint_that_is_gone_before_it_could_be_read_is_told_as_missed(run
     monkeypatch.setattr(module.time, "sleep", end)
     output = Storage(f"{tmp_path}/evaluation")
     save_weights(run.root / "weights.safetensors", VAE(VAE_PRESETS["tiny"]).state_dict(), Kind.VAE, VAE_PRESETS["tiny"])
-    assert [result.images_seen for result in evaluate(config(tmp_path, watch=True), output)] == [64]
+    assert [result.images_seen for result in evaluated(config(tmp_path, watch=True), output)] == [64]
     assert output.read_json("metrics.json")["missed"] == ["000000000016"]
 
 
@@ -278,7 +287,7 @@ def test_of_many_checkpoints_some_are_measured_and_the_end_always(run, tmp_path,
         run.checkpoint(images_seen)
     save_weights(run.root / "weights.safetensors", VAE(VAE_PRESETS["tiny"]).state_dict(), Kind.VAE, VAE_PRESETS["tiny"])
     run.finish(52, 52)
-    results = evaluate(config(tmp_path, watch=True, every_images=20), Storage(f"{tmp_path}/evaluation"))
+    results = evaluated(config(tmp_path, watch=True, every_images=20), Storage(f"{tmp_path}/evaluation"))
     assert [result.images_seen for result in results] == [8, 24, 40, 52]
 
 
@@ -301,7 +310,7 @@ def test_watching_follows_a_run_from_before_its_start_to_its_end(run, tmp_path, 
     )
     monkeypatch.setattr(module.time, "sleep", lambda _: next(story)())
     output = Storage(f"{tmp_path}/evaluation")
-    results = evaluate(config(tmp_path, watch=True), output)
+    results = evaluated(config(tmp_path, watch=True), output)
     first = next(results)
     run.delete(16)  # what is copied can be measured all the same
     run.checkpoint(16)
@@ -313,7 +322,7 @@ def test_watching_follows_a_run_from_before_its_start_to_its_end(run, tmp_path, 
     summary = output.read_json("metrics.json")
     assert [row["images_seen"] for row in summary["results"]] == [16, 32, 48, 64]
     assert summary["missed"] == []
-    again = list(evaluate(config(tmp_path, watch=True), output))  # whose checkpoints are gone, but for the last
+    again = list(evaluated(config(tmp_path, watch=True), output))  # whose checkpoints are gone, but for the last
     assert [(r.images_seen, r.measured, r.numbers) for r in again] == [(r.images_seen, False, r.numbers) for r in found]
 
 
@@ -322,7 +331,7 @@ def test_a_run_that_is_trained_longer_is_not_at_its_end(run, tmp_path, monkeypat
     save_weights(run.root / "weights.safetensors", vae.state_dict(), Kind.VAE, vae.config)
     slept = []
     monkeypatch.setattr(module.time, "sleep", lambda _: (slept.append(1), run.finish(32, target=32)))
-    results = list(evaluate(config(tmp_path, watch=True), Storage(f"{tmp_path}/evaluation")))
+    results = list(evaluated(config(tmp_path, watch=True), Storage(f"{tmp_path}/evaluation")))
     assert [result.images_seen for result in results] == [16, 32]
     assert slept == [1]
 
@@ -335,7 +344,7 @@ def test_a_copy_that_a_killed_evaluation_left_is_measured(run, tmp_path, monkeyp
     (subject,) = subjects(weights, Kind.VAE, StorageOptions())
     subjects_module.copied_out(subject, weights, Kind.VAE, output)
     run.delete(16)
-    assert next(evaluate(config(tmp_path, watch=True), output)).images_seen == 16
+    assert next(evaluated(config(tmp_path, watch=True), output)).images_seen == 16
 
 
 def test_a_checkpoint_that_cannot_be_read_for_long_is_an_error(run, tmp_path, monkeypatch):
@@ -349,18 +358,18 @@ def test_a_checkpoint_that_cannot_be_read_for_long_is_an_error(run, tmp_path, mo
 
     monkeypatch.setattr(subjects_module, "averaged_weights", missing)
     with pytest.raises(RuntimeError, match=r"checkpoint_16 cannot be read: a part is missing"):
-        next(evaluate(config(tmp_path, watch=True), Storage(f"{tmp_path}/evaluation")))
+        next(evaluated(config(tmp_path, watch=True), Storage(f"{tmp_path}/evaluation")))
 
 
 def test_without_watching_the_newest_state_is_measured_once(run, tmp_path):
     output = Storage(f"{tmp_path}/evaluation")
     run.start(64)
     with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
-        next(evaluate(config(tmp_path), output))
+        next(evaluated(config(tmp_path), output))
     run.checkpoint(16)
     run.checkpoint(32)
-    assert [(r.images_seen, r.measured) for r in evaluate(config(tmp_path), output)] == [(32, True)]
-    assert [(r.images_seen, r.measured) for r in evaluate(config(tmp_path), output)] == [(32, False)]
+    assert [(r.images_seen, r.measured) for r in evaluated(config(tmp_path), output)] == [(32, True)]
+    assert [(r.images_seen, r.measured) for r in evaluated(config(tmp_path), output)] == [(32, False)]
     run.checkpoint(48)
-    assert [(r.images_seen, r.measured) for r in evaluate(config(tmp_path), output)] == [(48, True)]
+    assert [(r.images_seen, r.measured) for r in evaluated(config(tmp_path), output)] == [(48, True)]
     assert [row["images_seen"] for row in output.read_json("metrics.json")["results"]] == [32, 48]

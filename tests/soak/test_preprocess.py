@@ -120,7 +120,7 @@ class Loop:
             victims = self.cluster.workers(TITLES[kind]) if kind in TITLES else []
             if kind in TITLES and not victims:
                 continue
-            where = where_in(log)
+            where = where_in(log.read_text(errors="replace"))
             if kind in TITLES:
                 self.random.choice(victims).kill()
                 workers += 1
@@ -149,9 +149,9 @@ class Loop:
         return driver.poll() is None
 
 
-def where_in(log: Path) -> str:
-    """What a run was at, by its log."""
-    text, where = log.read_text(errors="replace"), "start"
+def where_in(text: str) -> str:
+    """What a run was at, by what it has printed."""
+    where = "start"
     for stage in ("index", "latents"):
         if re.search(rf"^{stage}: +\d+%", text, re.MULTILINE):
             where = f"{stage}, rows"

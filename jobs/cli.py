@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from jobs.config import Job
 from jobs.remedies import remedy
+from jobs.watch import watch
 from pipelines.config import HIDDEN, without_secrets
 from pipelines.lease import InUseError, Lease, lease
 from pipelines.storage import Storage
@@ -150,13 +151,16 @@ def start_ray(job: Job) -> None:
         return
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # the plan of every dataset, in the middle of a bar
     joins = job.ray.address is not None or "RAY_ADDRESS" in os.environ
-    _knock(job.ray.address or os.environ.get("RAY_ADDRESS", ""))
+    address = job.ray.address or os.environ.get("RAY_ADDRESS", "")
+    _knock(address)
     ray.init(
         address=job.ray.address if joins else "local",
         num_cpus=None if joins else job.ray.cpus,
         logging_level=logging.WARNING,
         runtime_env={"env_vars": {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}},
     )
+    if not address.startswith("ray://"):  # whose client has errors of its own
+        watch(ray.get_runtime_context().gcs_address, _complain_in_time)
 
 
 @contextmanager
@@ -306,6 +310,12 @@ def _complain(message: str, code: int) -> int:
     if advice is not None:
         print(f"what to do: {advice}", file=sys.stderr)
     return code
+
+
+def _complain_in_time(message: str) -> None:
+    """As _complain, and print what waits to be printed, for which Ray leaves no time."""
+    _complain(message, FAILURE)
+    sys.stdout.flush()
 
 
 def _hidden(text: str) -> str:

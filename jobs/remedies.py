@@ -94,6 +94,12 @@ REMEDIES = (
         "the same.",
     ),
     Remedy(
+        cause="Ray cluster gone under a job",
+        pattern=r"the Ray cluster at .* has not answered for",
+        advice="Start the cluster again, or wait until it is back, and run the same command again: what is finished "
+        "stays, and a training goes on from its last checkpoint.",
+    ),
+    Remedy(
         cause="no Ray cluster at the address",
         pattern=r"Could not find any running Ray instance|nobody answers at|Failed to connect to GCS"
         r"|GCS (service )?.*(unavailable|timed out)",

@@ -107,6 +107,7 @@ class Loop:
                 return
             assert not survives, f"seeds {self.tally.seeds}: ended with {code}\n{tail(log)}"
             if not self.cluster.nodes:
+                assert (code, "\nerror: " in log.read_text(errors="replace")) == (1, True), tail(log)
                 self.cluster.start()
             self.tally.counts["restarts"] += 1
 

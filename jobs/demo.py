@@ -17,8 +17,9 @@ from PIL import Image
 
 from jobs import generate, preprocess, train_base, train_refiner, train_vae
 from jobs.cli import load, main
-from jobs.config import DemoJob, GenerateJob, Job, PreprocessJob, TrainBaseJob, TrainRefinerJob, TrainVAEJob
+from jobs.config import DemoJob, GenerateJob, Job, PreprocessJob
 from jobs.demo_images import render_images
+from jobs.training_config import TrainBaseJob, TrainRefinerJob, TrainVAEJob
 from pipelines.config import flat
 from pipelines.evaluate.generate import MANIFEST
 from pipelines.evaluate.retrieval import retrieval

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from jobs.cli import main
-from jobs.config import TrainRefinerJob
 from jobs.training import plan_stage, train_stage
+from jobs.training_config import TrainRefinerJob
 
 
 def run(job: TrainRefinerJob) -> None:

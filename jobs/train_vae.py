@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from jobs.cli import main
-from jobs.config import TrainVAEJob
 from jobs.training import plan_stage, train_stage
+from jobs.training_config import TrainVAEJob
 
 
 def run(job: TrainVAEJob) -> None:

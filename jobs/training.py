@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from jobs.cli import check_resources, settings, sole_writer, start_ray
-from jobs.config import TrainDenoiserJob, TrainingJob, TrainVAEJob
+from jobs.training_config import TrainDenoiserJob, TrainingJob, TrainVAEJob
 from pipelines.schema import require_manifest
 from pipelines.storage import Storage
 

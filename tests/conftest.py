@@ -321,8 +321,9 @@ SCHEDULE = ("schedule.images=32", "schedule.checkpoint_images=16")
 def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Every stage of the pipeline, run once on 24 rendered pictures and three bad files."""
     from jobs import generate, preprocess, train_base, train_refiner, train_vae
-    from jobs.config import GenerateJob, PreprocessJob, TrainBaseJob, TrainRefinerJob, TrainVAEJob
+    from jobs.config import GenerateJob, PreprocessJob
     from jobs.demo_images import render_images
+    from jobs.training_config import TrainBaseJob, TrainRefinerJob, TrainVAEJob
 
     demo = Finished(tmp_path_factory.mktemp("pipeline"), images=24)
     render_images(demo.root / "images", demo.images, 96)

@@ -7,18 +7,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import load
-from jobs.config import (
-    CleanJob,
-    DemoJob,
-    EvaluateJob,
-    ExportJob,
-    GenerateJob,
-    PlanJob,
-    PreprocessJob,
-    TrainBaseJob,
-    TrainRefinerJob,
-    TrainVAEJob,
-)
+from jobs.config import CleanJob, DemoJob, EvaluateJob, ExportJob, GenerateJob, PlanJob, PreprocessJob
+from jobs.training_config import TrainBaseJob, TrainRefinerJob, TrainVAEJob
 
 ROOT = Path(__file__).parents[1]
 FLOORS = ("model", "pipelines", "jobs")

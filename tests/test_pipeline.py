@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from jobs import generate, preprocess, train_base
-from jobs.config import GenerateJob, PreprocessJob, TrainBaseJob
+from jobs.config import GenerateJob, PreprocessJob
+from jobs.training_config import TrainBaseJob
 from model.config import UNET_PRESETS, VAE_PRESETS
 from model.vae import VAE
 from model.weights import Kind, load_unet, load_vae, save_weights

@@ -6,7 +6,8 @@ import pytest
 
 from jobs import preprocess, train_base
 from jobs.cli import load
-from jobs.config import PreprocessJob, TrainBaseJob
+from jobs.config import PreprocessJob
+from jobs.training_config import TrainBaseJob
 from model.config import UNET_PRESETS
 from pipelines import networks
 from pipelines.config import WeightsConfig

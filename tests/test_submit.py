@@ -28,7 +28,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs import train_base
 from jobs.cli import load
-from jobs.config import TrainBaseJob
+from jobs.training_config import TrainBaseJob
 from pipelines.config import without_secrets
 from pipelines.schema import require_manifest
 from pipelines.storage import Storage

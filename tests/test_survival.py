@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from jobs import generate, preprocess, train_base, train_vae
-from jobs.config import GenerateJob, PreprocessJob, TrainBaseJob, TrainVAEJob
+from jobs.config import GenerateJob, PreprocessJob
 from jobs.demo_images import render_images
+from jobs.training_config import TrainBaseJob, TrainVAEJob
 from pipelines.schema import Column, Reject, data_files, require_manifest
 from pipelines.storage import TEMPORARY, Storage
 from tests import deadly

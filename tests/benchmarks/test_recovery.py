@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs import train_base
-from jobs.config import TrainBaseJob
+from jobs.training_config import TrainBaseJob
 from tests.conftest import SCHEDULE, Finished, killing
 from tests.test_survival import assert_same_weights, checkpointed, copy_of
 

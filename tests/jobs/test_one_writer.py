@@ -9,7 +9,8 @@ from mlflow import MlflowClient
 
 from jobs import evaluate, generate, train_base, train_vae
 from jobs.cli import USAGE_ERROR, JobError
-from jobs.config import EvaluateJob, GenerateJob, Job, TrainBaseJob, TrainVAEJob
+from jobs.config import EvaluateJob, GenerateJob, Job
+from jobs.training_config import TrainBaseJob, TrainVAEJob
 from pipelines.evaluate import evaluate as evaluation
 from pipelines.evaluate import generate as generation
 from pipelines.evaluate.evaluate import Result

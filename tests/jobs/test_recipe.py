@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import load
-from jobs.config import PreprocessJob, TrainBaseJob, TrainRefinerJob, TrainVAEJob
+from jobs.config import PreprocessJob
+from jobs.training_config import TrainBaseJob, TrainRefinerJob, TrainVAEJob
 from pipelines.preprocess.bucket import bucket_table
 
 CONFIGS = Path(__file__).parents[2] / "jobs/configs/sdxl"

@@ -20,6 +20,7 @@ SLOW_DOWN = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
 GONE = b"<?xml version='1.0'?><Error><Code>NoSuchUpload</Code><Message>It is completed or ended.</Message></Error>"
+NO_BUCKET = b"<?xml version='1.0'?><Error><Code>NoSuchBucket</Code><Message>It does not exist.</Message></Error>"
 LOST = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>An internal error.</Message></Error>"
 
 
@@ -27,6 +28,7 @@ class Fault(StrEnum):
     """What happens to a request."""
 
     BUSY = "503 SlowDown, and nothing is done"
+    NO_BUCKET = "404 NoSuchBucket, as of servers that make none by themselves"
     LOST_ANSWER = "the server does it, and the client is told 500"
     LOST_AND_GONE = "the server does it, the client is told 500, and then that there is no such upload"
     RESET = "the connection is reset before the request arrives"
@@ -110,6 +112,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault is Fault.BUSY:
             self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
+            return
+        if fault is Fault.NO_BUCKET:
+            self._answer(404, {"Content-Type": "application/xml"}, NO_BUCKET)
             return
         status, headers, data = self._forward(body)
         if fault is Fault.LOST_AND_GONE and len(self.proxy.seen) > 1:

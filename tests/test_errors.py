@@ -17,7 +17,9 @@ from jobs import preprocess
 from jobs.cli import FAILURE, JobError, check_resources, load, main, start_ray
 from jobs.config import PreprocessJob
 from jobs.remedies import REMEDIES, remedy
+from pipelines.storage import Storage
 from tests.conftest import ROOT, S3, Cluster
+from tests.faulty import Fault, faulty
 
 PAGE = (ROOT / "docs/errors.md").read_text()
 ADVICE = {item.cause: item.advice for item in REMEDIES}
@@ -55,6 +57,17 @@ def test_credentials_that_are_missing_or_wrong(s3: S3, told, monkeypatch, wrong)
 
 def test_a_bucket_that_is_not_there_holds_no_image(s3: S3, told):
     assert "s3://no-such-bucket/images: there is no such folder, or it is empty" in told(*on(s3, "no-such-bucket"))
+
+
+def test_a_bucket_that_is_not_there_is_written_to(s3: S3, told):
+    def write(job: PreprocessJob) -> None:
+        Storage(job.index, job.storage).write("manifest.json", b"{}")
+
+    with faulty(s3.endpoint) as proxy:  # the server itself makes a bucket where one is missing
+        proxy.inject(Fault.NO_BUCKET, "^PUT ", times=9)
+        error = told(*on(S3(proxy.endpoint, s3.bucket)), f"index=s3://{s3.bucket}/index", run=write)
+    assert "AWS Error NO_SUCH_BUCKET" in error
+    assert ADVICE["S3 bucket missing"] in error
 
 
 def test_an_s3_server_that_is_not_there(told):

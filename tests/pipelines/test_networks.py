@@ -1,4 +1,3 @@
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from model.weights import save_weights
 from pipelines import networks
 from pipelines import sources as sources_module
 from pipelines.config import SamplingConfig, TextWeightsConfig, WeightsConfig, flat
-from pipelines.progress import progress
 from pipelines.sampling import generate, refine
 from pipelines.schema import digest
 from pipelines.sources import WEIGHTS_FILE, local_weights
@@ -230,16 +228,3 @@ def test_settings_are_named_by_their_dotted_path():
         "b.e": [2],
         "g.0.h": 3,
     }
-
-
-def test_progress_in_a_log_is_whole_lines_and_counts_to_the_end(capsys):
-    assert not sys.stderr.isatty()
-    with progress("render", 3) as bar:
-        for _ in range(3):
-            bar.update(1)
-    printed = capsys.readouterr().err
-    lines = printed.strip().split("\n")
-    assert "render: 100%" in lines[-1]
-    assert "3/3" in lines[-1]
-    assert "\r" not in printed
-    assert all(line.startswith("render:") for line in lines)

@@ -191,10 +191,15 @@ def plan(job: PreprocessJob) -> None:
         print(f"{kind}: {_describe(manifest) if manifest else 'nothing yet'}, in {folder}")
     if "latents" in job.stages:
         from pipelines.estimate import parameters, readable
+        from pipelines.sources import find
 
         area, rows = max(h * w for h, w in table), job.encode.rows_per_file
         vae, text = parameters("vae", job.vae.preset), parameters("text", job.text.preset)
         print(f"encoders: VAE {vae:,} parameters, text {text:,}")
+        try:
+            find(str(job.vae.path), "vae", job.storage, job.vae.allow_pickle)
+        except FileNotFoundError as error:  # a VAE of one's own is trained on the index, which comes first
+            print(f"warning: vae.path: {error}")
         width = 4 if job.encode.dtype == "float32" else 2
         text *= job.encode.text == "embeddings"
         print(f"memory per encoder, without activations: {readable((vae + text) * width)}")

@@ -20,7 +20,7 @@ BLOCKS = [
     for path in PAGES
     for number, found in enumerate(BLOCK.finditer(path.read_text()))
 ]
-OTHERS = ("make", ".", "ray", "export", "python -m mlflow")  # what a block may hold that is no job
+OTHERS = ("make", ".", "ray", "export", "kubectl", "python -m mlflow")  # what a block may hold that is no job
 
 
 def commands(block: str) -> list[list[str]]:
@@ -107,6 +107,16 @@ def test_commands_of_others_are_ones_that_they_know():
                 ask(mlflow, words[3:])
                 asked += 1
     assert asked >= 6
+
+
+def test_manifests_and_jobs_that_the_guides_name_are_there():
+    named = [word for found in BLOCKS for words in commands(found.values[0]) if words[0] == "kubectl" for word in words]
+    files = [word for word in named if word.startswith("infra/")]
+    assert len(files) >= 6
+    assert [file for file in files if not (ROOT / file).exists()] == []
+    jobs = [word.partition("/")[2] for word in named if word.startswith(("job/", "rayjob/"))]
+    assert len(jobs) >= 2
+    assert [job for job in jobs if not (ROOT / "infra/kubernetes/jobs" / job / "kustomization.yaml").exists()] == []
 
 
 def test_a_page_whose_commands_leave_placeholders_in_the_settings_says_so(monkeypatch):

@@ -79,6 +79,7 @@ def test_a_dry_run_prints_the_settings_and_the_plan_and_leaves_nothing(folder, c
     assert "buckets: 2, from 16 x 48 to 32 x 32 (h x w)" in plan
     assert f"index: nothing yet, in {folder}/out/index" in plan
     assert f"latents: nothing yet, in {folder}/out/latents" in plan
+    assert f"warning: vae.path: no weights at {folder}/out/vae" in plan
 
 
 def test_a_dry_run_says_what_sources_hold_without_reading_them(folder, capsys):

@@ -12,8 +12,6 @@ B batch, H W image height and width, h w height and width of the discriminator's
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,23 +52,24 @@ def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return 0.5 * (real + fake)
 
 
-def adaptive_weight(
-    nll: Tensor,
-    adversarial: Tensor,
-    last_layer: Tensor,
-    average: Callable[[Tensor], Tensor] = lambda gradient: gradient,
-) -> Tensor:
+def last_layer_gradients(nll: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """Gradients [2,...], fp32, of both losses at the decoder's last layer, `VAE.last_layer`; their graph stays.
+
+    `nll` and `adversarial` are a batch's mean reconstruction (perceptual term included) and adversarial losses, scalars
+    with a graph. Means of these gradients, over parts of a batch or workers, are those of the whole.
+    """
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in (nll, adversarial)]
+    return torch.stack(gradients)
+
+
+def adaptive_weight(gradients: Tensor) -> Tensor:
     """The factor that gives the adversarial term the gradient norm of the reconstruction at the decoder's last layer.
 
-    `nll` and `adversarial` are the batch's mean reconstruction (perceptual term included) and adversarial losses,
-    scalars with a graph;
-    `last_layer` is `VAE.last_layer`. `average` is the mean over workers of a gradient, so that the factor belongs to
-    what all workers see in one pass, and not to how it is split over them. The result is a scalar without gradient,
-    at most 1e4 (arXiv 2012.09841, eq. 7).
+    `gradients` are those of `last_layer_gradients`, of all images of a step. The result is a scalar, at most 1e4
+    (arXiv 2012.09841, eq. 7).
     """
-    nll_gradient = average(torch.autograd.grad(nll, last_layer, retain_graph=True)[0].float())
-    adversarial_gradient = average(torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].float())
-    return (nll_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+    nll, adversarial = gradients
+    return (nll.norm() / (adversarial.norm() + 1e-4)).clamp(0.0, 1e4)
 
 
 class PatchDiscriminator(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from model.vae_loss import (
     adversarial_loss,
     divergence_loss,
     hinge_loss,
+    last_layer_gradients,
     perceptual_loss,
     reconstruction_loss,
 )
@@ -33,7 +34,24 @@ from pipelines.train.config import BatchConfig, VAETaskConfig
 from pipelines.train.engine import Engine
 from pipelines.train.lost import LostImages
 from pipelines.train.operations import Operations
-from pipelines.train.tasks import Loss, mean_over_workers
+from pipelines.train.tasks import Loss, mean_over_workers, workers_there
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A micro-batch's forward pass."""
+
+    image: Tensor  # [B,3,H,W]
+    reconstruction: Tensor  # [B,3,H,W]
+    error: Tensor  # [B] with the perceptual term
+    terms: dict[str, Tensor]
+    adversarial: Tensor | None  # [B], once it has joined
+    last_layer: Tensor
+
+    def gradients(self) -> Tensor:
+        """Of reconstruction error and adversarial loss, at the decoder's last layer."""
+        assert self.adversarial is not None
+        return last_layer_gradients(self.error.mean(), self.adversarial.mean(), self.last_layer)
 
 
 class VAETask:
@@ -67,39 +85,60 @@ class VAETask:
         """The VAE and its discriminator."""
         return {"vae": self._vae, "discriminator": self._discriminator}
 
-    def losses(self, engines: Mapping[str, Engine], batch: Batch) -> Iterator[Loss]:
+    def prepare(self, engines: Mapping[str, Engine], passes: Sequence[tuple[Batch, float]]) -> Tensor | None:
+        """The adversarial term's factor, of all images of a step, however they are cut into passes and over workers.
+
+        It costs a forward pass. None where all workers have one pass of the same size, whose loss has what it takes.
+        """
+        even = self._batch.global_size % workers_there() == 0
+        if not self._is_adversarial(passes[0][0]) or (len(passes) == 1 and even):
+            return None
+        gradients = torch.stack([self._forward(engines, batch).gradients() * weight for batch, weight in passes])
+        return adaptive_weight(mean_over_workers(gradients.mean(0)))
+
+    def losses(self, engines: Mapping[str, Engine], batch: Batch, prepared: Tensor | None = None) -> Iterator[Loss]:
         """The VAE's loss, and once the adversarial term has joined, the discriminator's on the same pictures.
 
         Where the task names the weights of LPIPS, its distance is part of the reconstruction error, which the
         adversarial term is compared with.
         """
-        assert isinstance(batch, ImageBatch)
         config = self._config.loss
+        made = self._forward(engines, batch)
+        total = made.error + config.kl_weight * made.terms["divergence"]  # [B]
+        if made.adversarial is None:
+            yield Loss("vae", total, made.terms)
+            return
+        weight = prepared if prepared is not None else adaptive_weight(mean_over_workers(made.gradients()))
+        total = total + config.adversarial_weight * weight * made.adversarial  # [B]
+        yield Loss("vae", total, made.terms | {"adversarial": made.adversarial, "adaptive_weight": weight})
+        both = torch.cat([made.image, made.reconstruction.detach().to(made.image)])  # [2B,3,H,W]
+        real, fake = engines["discriminator"](both).chunk(2)  # [B,1,h,w]
+        yield Loss("discriminator", hinge_loss(real, fake), {})
+
+    def _forward(self, engines: Mapping[str, Engine], batch: Batch) -> Forward:
+        """What a micro-batch comes to, up to the adversarial term's factor."""
+        assert isinstance(batch, ImageBatch)
         image = batch.image.to(self._device)  # [B,3,H,W]
-        noise = self._posterior_noise(batch)  # [B,4,h,w]
-        reconstruction, posterior = engines["vae"](image, noise)  # [B,3,H,W]
+        reconstruction, posterior = engines["vae"](image, self._posterior_noise(batch))  # [B,3,H,W]
         error = reconstruction_loss(image, reconstruction)  # [B]
-        divergence = divergence_loss(posterior, image)  # [B]
-        terms = {"reconstruction": error, "divergence": divergence}
+        terms = {"reconstruction": error, "divergence": divergence_loss(posterior, image)}
         if self._lpips is not None:
             self._lpips.activation_checkpointing = self._vae.activation_checkpointing
             distance = self._lpips(image, reconstruction)  # [B]
-            error = error + config.perceptual_weight * perceptual_loss(distance, image)  # [B]
+            error = error + self._config.loss.perceptual_weight * perceptual_loss(distance, image)  # [B]
             terms["perceptual"] = distance
-        total = error + config.kl_weight * divergence  # [B]
-        begun = batch.first - batch.first % self._batch.global_size  # images seen before this step, on every worker
-        if begun < config.adversarial_start_images:
-            yield Loss("vae", total, terms)
-            return
-        discriminator = engines["discriminator"]
-        discriminator.network.requires_grad_(False)
-        adversarial = adversarial_loss(discriminator(reconstruction))  # [B]
-        weight = adaptive_weight(error.mean(), adversarial.mean(), self._vae.last_layer, mean_over_workers)
-        total = total + config.adversarial_weight * weight * adversarial  # [B]
-        yield Loss("vae", total, terms | {"adversarial": adversarial, "adaptive_weight": weight})
-        discriminator.network.requires_grad_(True)
-        real, fake = discriminator(torch.cat([image, reconstruction.detach().to(image)])).chunk(2)  # [B,1,h,w]
-        yield Loss("discriminator", hinge_loss(real, fake), {})
+        adversarial = None
+        if self._is_adversarial(batch):
+            discriminator = engines["discriminator"]
+            discriminator.network.requires_grad_(False)
+            adversarial = adversarial_loss(discriminator(reconstruction))  # [B]
+            discriminator.network.requires_grad_(True)
+        return Forward(image, reconstruction, error, terms, adversarial, self._vae.last_layer)
+
+    def _is_adversarial(self, batch: Batch) -> bool:
+        """Whether the term has joined before this step, of all workers."""
+        begun = batch.first - batch.first % self._batch.global_size
+        return begun >= self._config.loss.adversarial_start_images
 
     @torch.no_grad()
     def validate(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:

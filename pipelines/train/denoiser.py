@@ -65,7 +65,10 @@ class DenoiserTask:
         """The U-Net."""
         return {"unet": self._unet}
 
-    def losses(self, engines: Mapping[str, Engine], batch: Batch) -> Iterator[Loss]:
+    def prepare(self, engines: Mapping[str, Engine], passes: Sequence[tuple[Batch, float]]) -> None:
+        """A sample's loss depends on no other."""
+
+    def losses(self, engines: Mapping[str, Engine], batch: Batch, prepared: Tensor | None = None) -> Iterator[Loss]:
         """Squared error of the prediction, per sample; where min-SNR weighs it, unweighted for the curves as well.
 
         Each quarter of the drawn timesteps has a curve of its own: a mean over all hides what happens at low noise.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,6 @@ from pipelines.train.config import (
 from pipelines.train.denoiser import DenoiserTask
 from pipelines.train.engine import Engine
 from pipelines.train.guard import record
-from pipelines.train.lost import LOST
 from pipelines.train.machine import Machine
 from pipelines.train.meter import Meter
 from pipelines.train.operations import peak_tflops
@@ -94,9 +93,10 @@ def train_on_worker(settings: dict[str, Training]) -> None:
 
     for micro_batches in itertools.islice(slices, max(0, steps - step)):  # none if only the export was missed
         images_seen = (step + 1) * batch.global_size
+        prepared = task.prepare(engines, micro_batches)
         for micro_batch, weight in micro_batches:
             meter.saw(micro_batch.count, micro_batch.bucket)
-            for loss in task.losses(engines, micro_batch):
+            for loss in task.losses(engines, micro_batch, prepared):
                 engine = engines[loss.engine]
                 engine.backward(loss.per_sample.mean() * weight)
                 engine.step(images_seen)
@@ -108,9 +108,8 @@ def train_on_worker(settings: dict[str, Training]) -> None:
         validated = schedule.validation_images and (last or _due(schedule.validation_images, images_seen, batch))
         if last or validated or _due(schedule.log_images or batch.global_size, images_seen, batch):
             numbers = meter.read(engines, batch, images_seen, slices.waited_seconds)
-            numbers |= {f"refused_steps_{name}": float(engine.guard.refused) for name, engine in engines.items()}
             numbers["checkpoint_wait_seconds"] = checkpointer.waited()
-            numbers |= _lost(task, images_seen, training.output, device)
+            numbers |= {"lost_images": task.lost.record(training.output, images_seen, device)} if task.lost else {}
             numbers |= _measured(validation if validated else None, task, averaged)
             if tracker and machine:
                 numbers |= machine.metrics()
@@ -175,17 +174,6 @@ def _engines(task: Task, training: Training, device: torch.device) -> dict[str, 
             lr_scale=1.0 if place == 0 else getattr(training.task, "adversarial_lr_scale", 1.0),
         )
     return engines
-
-
-def _lost(task: Task, images_seen: int, output: Storage, device: torch.device) -> dict[str, float]:
-    """The curve of the images that were lost since the attempt began, over all workers, and a file for each new one."""
-    if task.lost is None:
-        return {}
-    for image in task.lost.take():
-        output.write_json(f"{LOST}/{image.image_id}.json", {"images_seen": images_seen, **asdict(image)})
-    count = torch.tensor(float(task.lost.count), device=device)
-    torch.distributed.all_reduce(count)
-    return {"lost_images": float(count)}
 
 
 def _measured(validation: Validation | None, task: Task, averaged: Engine) -> dict[str, float]:

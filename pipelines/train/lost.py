@@ -7,7 +7,11 @@ not, as the lost one is. It depends on what is stored alone, so a resumed run, o
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from pipelines.storage import Storage
 
 LOST = "lost_images"  # folder below a run's output, a file for each
 FEWEST_READ = 1_000  # images that a share is taken of, at least
@@ -40,6 +44,7 @@ class LostImages:
     """Images lost since the worker started, each as often as it was to be read."""
     _read: int = field(default=0, init=False)
     _new: dict[str, LostImage] = field(default_factory=dict, init=False)
+    _recorded: int | None = field(default=None, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def saw(self, count: int) -> None:
@@ -65,3 +70,15 @@ class LostImages:
         with self._lock:
             new, self._new = list(self._new.values()), {}
         return new
+
+    def record(self, output: Storage, images_seen: int, device: torch.device) -> float:
+        """Write a file into the run's folder for each image that was lost since the last call; gives, on worker 0, how
+        many images the run has lost, in all of its attempts. All workers call it together."""
+        new = self.take()
+        for image in new:
+            output.write_json(f"{LOST}/{image.image_id}.json", {"images_seen": images_seen, **asdict(image)})
+        written = torch.tensor(len(new), device=device)
+        torch.distributed.all_reduce(written)
+        if torch.distributed.get_rank() == 0 and (written or self._recorded is None):
+            self._recorded = len(output.list(LOST))
+        return float(self._recorded or 0)

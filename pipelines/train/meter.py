@@ -61,6 +61,7 @@ class Meter:
         now = time.perf_counter()
         seconds = now - self._read_at
         for name, engine in engines.items():
+            numbers[f"refused_steps_{name}"] = float(engine.guard.refused)
             if f"loss_{name}" in numbers:
                 numbers[f"learning_rate_{name}"] = engine.learning_rate(images_seen)
                 numbers[f"gradient_norm_{name}"] = engine.gradient_norm()

@@ -42,7 +42,12 @@ class Task(Protocol):
         """The networks that learn, by name."""
         ...
 
-    def losses(self, engines: Mapping[str, Engine], batch: Batch) -> Iterator[Loss]:
+    def prepare(self, engines: Mapping[str, Engine], passes: Sequence[tuple[Batch, float]]) -> Tensor | None:
+        """What `losses` has to know of all passes of a step: this worker's micro-batches, and their weights in the mean
+        over them and the workers."""
+        ...
+
+    def losses(self, engines: Mapping[str, Engine], batch: Batch, prepared: Tensor | None = None) -> Iterator[Loss]:
         """The losses of a micro-batch, one after another: each is learnt from before the next is made."""
         ...
 
@@ -69,11 +74,16 @@ class Task(Protocol):
         ...
 
 
+def workers_there() -> int:
+    """How many workers train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
 def mean_over_workers(value: Tensor) -> Tensor:
     """The mean of a tensor over all workers."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(value)
-        value /= torch.distributed.get_world_size()
+        value /= workers_there()
     return value
 
 

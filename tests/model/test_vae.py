@@ -12,6 +12,7 @@ from model.vae_loss import (
     adversarial_loss,
     divergence_loss,
     hinge_loss,
+    last_layer_gradients,
     perceptual_loss,
     reconstruction_loss,
 )
@@ -188,11 +189,12 @@ def test_hinge_is_zero_when_both_are_told_apart_with_margin():
 def test_adaptive_weight_equalizes_gradients_at_the_last_layer_and_is_bounded():
     layer = torch.randn(5, requires_grad=True)
     nll, adversarial = (3.0 * layer).sum(), (0.5 * layer).sum()
-    weight = adaptive_weight(nll, adversarial, layer)
+    gradients = last_layer_gradients(nll, adversarial, layer)
+    weight = adaptive_weight(gradients)
     torch.testing.assert_close(weight, torch.tensor(6.0), rtol=1e-3, atol=0)
     assert not weight.requires_grad
-    assert adaptive_weight(1e9 * nll, adversarial, layer) == 1e4
-    assert adaptive_weight(nll, adversarial, layer, average=torch.zeros_like) == 0.0
+    assert adaptive_weight(last_layer_gradients(1e9 * nll, adversarial, layer)) == 1e4
+    assert adaptive_weight(torch.zeros_like(gradients)) == 0.0
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,7 +17,14 @@ from model.config import (
 )
 from model.lpips import LPIPS
 from model.metrics import psnr, ssim
-from model.vae_loss import adaptive_weight, adversarial_loss, divergence_loss, hinge_loss, reconstruction_loss
+from model.vae_loss import (
+    adaptive_weight,
+    adversarial_loss,
+    divergence_loss,
+    hinge_loss,
+    last_layer_gradients,
+    reconstruction_loss,
+)
 from pipelines import networks
 from pipelines.config import LPIPSWeightsConfig, SourceConfig, WeightsConfig
 from pipelines.storage import Storage, StorageOptions
@@ -144,7 +153,7 @@ def test_the_adversarial_term_is_weighed_against_error_and_distance(lpips):
     reconstruction, posterior = reconstructed(task, batch)
     nll = reconstruction_loss(batch.image, reconstruction) + 3 * network(batch.image, reconstruction)
     adversarial = adversarial_loss(discriminator(reconstruction))
-    weight = adaptive_weight(nll.mean(), adversarial.mean(), vae.last_layer)
+    weight = adaptive_weight(last_layer_gradients(nll.mean(), adversarial.mean(), vae.last_layer))
     torch.testing.assert_close(first.terms["adaptive_weight"], weight)
     expected = nll + 1e-6 * divergence_loss(posterior, batch.image) + 0.5 * weight * adversarial
     torch.testing.assert_close(first.per_sample, expected)
@@ -153,6 +162,33 @@ def test_the_adversarial_term_is_weighed_against_error_and_distance(lpips):
     torch.testing.assert_close(
         second.per_sample, hinge_loss(discriminator(batch.image), discriminator(reconstruction.detach()))
     )
+
+
+def learnt(lpips: LPIPSWeightsConfig, sizes: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """The adversarial factors of a step that is cut into passes of these sizes, and the gradients of both networks."""
+    task, whole = autoencoder(lpips, adversarial_start_images=4, adversarial_weight=0.5), pictures(first=4)
+    passes, factors = [], []
+    for start, stop in itertools.pairwise(np.cumsum((0, *sizes)).tolist()):
+        weight = len(sizes) * (stop - start) / len(whole.image)
+        passes.append((ImageBatch(4 + start, BUCKET, whole.image[start:stop]), weight))
+    prepared = task.prepare(engines(task), passes)
+    assert (prepared is None) == (len(sizes) == 1)  # nothing is made twice where one pass is all
+    for batch, weight in passes:
+        for loss in task.losses(engines(task), batch, prepared):
+            (loss.per_sample.mean() * weight / len(sizes)).backward()
+            factors += [loss.terms["adaptive_weight"]] if loss.engine == "vae" else []
+    return factors, [value.grad for network in task.networks().values() for value in network.parameters()]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 1), (1, 1, 1, 1)])
+def test_a_step_learns_the_same_however_it_is_cut_into_passes(sizes, lpips):
+    (expected,), whole = learnt(lpips[0], (4,))
+    factors, gradients = learnt(lpips[0], sizes)
+    assert len(factors) == len(sizes)
+    for factor in factors:
+        torch.testing.assert_close(factor, expected, rtol=1e-4, atol=0)
+    for ours, theirs in zip(gradients, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (3, 1), (4, 2), (7, 2)])

@@ -100,9 +100,9 @@ def text_encoders(
 
 
 def require_weights(config: WeightsConfig, part: str, options: StorageOptions) -> None:
-    """Raise FileNotFoundError or ValueError where the weights of "unet" or "vae" are missing or, here, do not fit.
+    """Raise FileNotFoundError or ValueError where the weights of "unet" or "vae" are missing or do not fit.
 
-    None is read, and nothing is copied: of s3:// it is looked alone whether they are there.
+    No tensor is read, and nothing is copied: of weights on s3:// and of checkpoints it tells only that they are there.
     """
     assert config.path is not None
     if part == "unet" and is_checkpoint(Storage(config.path, options)):

@@ -1,5 +1,6 @@
 """What makes the networks fast changes no number: memory formats, what is kept for the backward pass, compilation."""
 
+import ast
 import copy
 import subprocess
 import sys
@@ -180,6 +181,22 @@ def test_the_gpu_script_fills_every_row_at_tiny_size():
         assert f"| {row}" in done.stdout or row in done.stdout
     assert "| 0 graphs after the second |" in done.stdout.replace("  ", " ")
     assert "left out" not in done.stdout
+
+
+def test_the_gpu_script_imports_torch_alone():
+    """What functions of it import later is for its peers, and it leaves out those that are missing."""
+    seen, left, others = set(), [ROOT / "tests/benchmarks/gpu_networks.py"], set()
+    while left:
+        file = left.pop()
+        seen.add(file)
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            own = {ROOT / f"{name.replace('.', '/')}.py" for name in names if name.startswith("model.")}
+            left += sorted(own - seen - set(left))
+            others |= {name.partition(".")[0] for name in names} - {"model"} - sys.stdlib_module_names
+    assert {"unet.py", "vae.py", "layers.py", "functions.py"} < {file.name for file in seen}
+    assert others == {"torch"}
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])

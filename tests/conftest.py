@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -314,11 +315,21 @@ class Finished(Demo):
     images: int = 0
 
 
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database without runs, to be copied: making its tables takes seconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
 SCHEDULE = ("schedule.images=32", "schedule.checkpoint_images=16")
 
 
 @pytest.fixture(scope="session")
-def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(cluster: Cluster, empty_mlflow: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Every stage of the pipeline, run once on 24 rendered pictures and three bad files."""
     from jobs import generate, preprocess, train_base, train_refiner, train_vae
     from jobs.config import GenerateJob, PreprocessJob
@@ -326,6 +337,7 @@ def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Fini
     from jobs.training_config import TrainBaseJob, TrainRefinerJob, TrainVAEJob
 
     demo = Finished(tmp_path_factory.mktemp("pipeline"), images=24)
+    shutil.copy(empty_mlflow, demo.root / "mlflow.db")
     render_images(demo.root / "images", demo.images, 96)
     job = demo.load(PreprocessJob, "preprocess")
     preprocess.run_stage(job, "index")

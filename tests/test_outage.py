@@ -126,7 +126,8 @@ def test_what_a_run_is_told_while_its_server_is_gone_arrives_in_the_end_once(tmp
             open_run(f"{uri}/nowhere", config={}, **place)
 
 
-def test_a_run_that_goes_on_is_the_same_run_and_its_curves_have_neither_a_gap_nor_a_point_twice(tmp_path):
+def test_a_run_that_goes_on_is_the_same_run_and_its_curves_have_neither_a_gap_nor_a_point_twice(empty_mlflow, tmp_path):
+    shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
     uri, output = f"sqlite:///{tmp_path}/mlflow.db", Storage(str(tmp_path / "run"))
     place = {"stage": "vae", "name": "a run", "config": {}, "inputs": [], "output": output}
     client = MlflowClient(tracking_uri=uri)

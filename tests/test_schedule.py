@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,10 @@ def add(folder: Path, *names: str, caption: str = "a picture") -> None:
         (folder / f"{name}.txt").write_text(caption)
 
 
-def test_a_growing_source_on_a_schedule(cluster: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_growing_source_on_a_schedule(
+    cluster: Cluster, empty_mlflow: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
     source, index = tmp_path / "images", Storage(str(tmp_path / "index"))
     arguments = [CONFIG, 'stages=["index"]', f"source.path={source}", f"index={index.uri}"]
     arguments += [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "alerts.min_new=3"]

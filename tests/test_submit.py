@@ -270,11 +270,14 @@ def test_a_run_is_found_by_name_tag_description_and_setting(page: Page, trained:
     for search, state in (("tags.output = 'another'", "hidden"), (f"tags.output = '{trained.folder}/base'", "visible")):
         row.wait_for()
         box.fill(search)
-        box.press("Enter")
+        with page.tab.expect_response("**/runs/search*"):  # until then the list is the one before
+            box.press("Enter")
         row.wait_for(state=state)
+        page.tab.locator("[class*=spin]").first.wait_for(state="hidden")
         page.keep(f"search-{state}")
         box.fill("")
-        box.press("Enter")
+        with page.tab.expect_response("**/runs/search*"):
+            box.press("Enter")
 
 
 def test_a_runs_charts_and_pictures_are_there(page: Page) -> None:

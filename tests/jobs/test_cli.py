@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,10 +169,10 @@ def test_no_password_is_printed_or_kept(folder, monkeypatch, capsys):
     assert "planted" not in "".join(capsys.readouterr())
 
 
-def test_no_password_is_told_to_mlflow(folder):
+def test_no_password_is_told_to_mlflow(folder, empty_mlflow):
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{folder}/mlflow.db"
+    uri = f"sqlite:///{shutil.copy(empty_mlflow, folder / 'mlflow.db')}"
     config = {"storage": {"s3_endpoint": "http://someone:planted-word@host"}}
     manifest = Manifest(kind="index", rows=1, counts={}, fingerprint={}, parents={}, files="f", digest="d")
     inputs = [Lineage(name="index", uri="s3://someone:planted-word@bucket/index", manifest=manifest)]

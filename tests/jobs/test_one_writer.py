@@ -1,5 +1,6 @@
 """One job writes an output at a time: a second is refused, and of one that was killed the next one tells the page."""
 
+import shutil
 from contextlib import nullcontext
 from types import ModuleType
 
@@ -45,7 +46,9 @@ def test_a_second_run_on_an_output_is_refused_and_names_the_first(module, tmp_pa
     assert refused.value.code == USAGE_ERROR
 
 
-def test_pictures_and_figures_of_a_run_that_was_killed_are_gone_on_with_and_its_end_is_told(tmp_path, monkeypatch):
+def test_pictures_and_figures_of_a_run_that_was_killed_are_gone_on_with_and_its_end_is_told(
+    empty_mlflow, tmp_path, monkeypatch
+):
     """What they make is the Ray tests' matter, and left out here: only who writes, and what the page says."""
     index = Manifest(kind="index", rows=1, counts={}, fingerprint={}, parents={}, files="f", digest="d")
     grid = png(np.zeros((8, 8, 3), np.uint8))
@@ -56,7 +59,7 @@ def test_pictures_and_figures_of_a_run_that_was_killed_are_gone_on_with_and_its_
     monkeypatch.setattr(evaluate, "check_resources", lambda *_, **__: None)
     monkeypatch.setattr(generation, "generate_pictures", lambda *_: Made(pictures=[], made=0, sheets=[]))
     monkeypatch.setattr(evaluation, "evaluate", lambda *_: iter([result]))
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{shutil.copy(empty_mlflow, tmp_path / 'mlflow.db')}")
     for module in (generate, evaluate):
         job = job_of(module, Demo(tmp_path))
         with monkeypatch.context() as killed:

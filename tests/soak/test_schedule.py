@@ -4,8 +4,9 @@
 
 The command that infra's CronJob submits is started at an interval, whether or not the one before has ended, as by a
 cron that forbids no overlap: the lease alone keeps them apart. Images come in two halves, their captions before or
-after them; some are replaced, some go. Now and then a process of another machine, a process namespace of its own here,
-holds the lease, and is killed: nobody can ask for its pid.
+after them; some are replaced, some go. Most kills wait for a sign that a run is at work, its claim or a worker, and
+then a random while. Now and then a process of another machine, a process namespace of its own here, holds the lease,
+and is killed: nobody can ask for its pid.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ import pytest
 from PIL import Image
 
 from pipelines.lease import FOLDER as LEASES
-from pipelines.lease import SILENT_SECONDS
+from pipelines.lease import SILENT_SECONDS, _claims
 from pipelines.schema import Column, data_files, read_manifest
 from pipelines.storage import Storage
 from tests.conftest import ROOT
 from tests.pipelines.test_lease import HOLD
 from tests.soak.killing import OwnCluster, Tally, write_vae
-from tests.soak.test_preprocess import TITLES, compare, nothing_is_left, runs_by_status
+from tests.soak.test_preprocess import TITLES, compare, nothing_is_left, runs_by_status, where_in
 
-INTERVAL, TOGETHER = 12.0, 3  # seconds between starts, and most at a time
-MEAN_SECONDS = 14.0  # from one kill to when the next one is due
-KINDS = {"driver": 0.2, "driver at work": 0.3, "task": 0.25, "encoder": 0.25}
+INTERVAL, TOGETHER = 15.0, 2  # seconds between starts, and most at a time
+MEAN_SECONDS = 8.0  # from one kill to when the next one looks for its victim
+KINDS = {"driver": 0.1, "driver at work": 0.4, "task": 0.25, "encoder": 0.25}
+LONGEST = {"driver": 10.0, "driver at work": 12.0, "task": 1.0, "encoder": 1.5}  # seconds from the sign to the kill
 MOST_WORKERS = 3  # that are killed during one run: Ray starts a task or an actor again as often
 FOREIGN = 6  # every how many starts another machine holds the lease
 LAST = 300.0  # seconds that a run which nobody kills may take
@@ -192,26 +194,53 @@ class Schedule:
             tick.missed = (there - set(paths(self.root))) & self.source.before(tick.begun)
         tick.ended = time.monotonic()
 
+    def holders(self) -> dict[str, Tick]:
+        """The run that has claimed each dataset, where it lives."""
+        claims = {stage: _claims(Storage(str(self.root / stage))) for stage in ("index", "latents")}
+        pids = {tick.process.pid: tick for tick in self.live()}
+        return {stage: pids[claim.pid] for stage, found in claims.items() for claim in found if claim.pid in pids}
+
+    def hunt(self) -> None:
+        """Kill one after another until growth is over; those that are at work first."""
+        kind = "driver at work"
+        while not self.source.over.wait(self.random.expovariate(1 / MEAN_SECONDS)):
+            while not (self.source.over.is_set() or self.kill(kind)):
+                time.sleep(0.05)
+            kind = self.random.choices(list(KINDS), list(KINDS.values()))[0]
+
     def kill(self, kind: str) -> bool:
-        """Kill one of a kind that is at work; gives whether there was one."""
+        """Kill one of a kind, a random while after it was seen; gives whether there was one until then."""
         live = self.live()
         if kind in TITLES:
-            workers = self.cluster.workers(TITLES[kind])
-            if not workers or any(tick.workers_killed >= MOST_WORKERS for tick in live):
+            if not self.cluster.workers(TITLES[kind]) or any(tick.workers_killed >= MOST_WORKERS for tick in live):
                 return False
-            for tick in live:  # of whichever it is
+            self.source.over.wait(self.random.uniform(0, LONGEST[kind]))
+            workers, holders = self.cluster.workers(TITLES[kind]), self.holders().values()
+            if not workers or not holders:
+                return False
+            for tick in self.live():  # of whichever it is
                 tick.workers_killed += 1
-            where = ", ".join(sorted({where_in(tick) for tick in live} - {"start"}))
+            where = ", ".join(sorted({self.where(tick) for tick in holders}))
             self.random.choice(workers).kill()
         else:
-            chosen = [tick for tick in live if kind == "driver" or where_in(tick) != "start"]
+            chosen = live if kind == "driver" else list(self.holders().values())
             if not chosen:
                 return False
             tick = self.random.choice(chosen)
-            where, tick.killed = where_in(tick), True
+            self.source.over.wait(self.random.uniform(0, LONGEST[kind]))
+            where = self.where(tick)
+            if tick.process.poll() is not None or (kind != "driver" and where == "start"):
+                return False
+            tick.killed = True
             tick.process.kill()
         self.tally.killed(kind, where)
         return True
+
+    def where(self, tick: Tick) -> str:
+        """What a run is at: by what it has printed, and before its first rows by what it has claimed."""
+        where = where_in(tick.text)
+        claimed = [stage for stage, holder in self.holders().items() if holder is tick]
+        return f"{claimed[0]}, before rows" if claimed and where in ("start", "after index") else where
 
     def hold_from_elsewhere(self) -> None:
         """Let a process of another machine hold the lease of the index for a while, and kill it."""
@@ -232,14 +261,6 @@ class Schedule:
                 self.foreign.append((begun, time.monotonic()))
                 self.tally.killed("elsewhere", "holding the lease")
             process.kill()
-
-
-def where_in(tick: Tick) -> str:
-    """The stage that a run has come to, by what it has printed."""
-    for stage in ("latents", "index"):
-        if re.search(rf"^{stage}: ", tick.text, re.MULTILINE):
-            return stage
-    return "start"
 
 
 def paths(root: Path) -> list[str]:
@@ -283,6 +304,7 @@ def check_status(tick: Tick, schedule: Schedule) -> str:
 def test_a_schedule_accounts_for_every_image_once_whatever_dies(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     seed, tally = time.time_ns() % 1_000_000, Tally("a schedule")
     tally.seeds.append(seed)
+    print(f"seed {seed}", flush=True)
     (tmp_path / "images").mkdir()
     write_vae(tmp_path / "vae.safetensors")
     (tmp_path / "job.toml").write_text(SETTINGS.format(root=tmp_path))
@@ -294,8 +316,9 @@ def test_a_schedule_accounts_for_every_image_once_whatever_dies(tmp_path: Path, 
         time.sleep(5)
         tally.begun = time.monotonic()
         end = tally.begun + 60 * pytestconfig.getoption("--soak")
-        start_at, kill_at, elsewhere = tally.begun, tally.begun + MEAN_SECONDS, []
-        kind = "driver at work"
+        start_at, elsewhere = tally.begun, []
+        hunting = threading.Thread(target=schedule.hunt, daemon=True)
+        hunting.start()
         for number in itertools.count():
             now = time.monotonic()
             if now > end:
@@ -306,14 +329,11 @@ def test_a_schedule_accounts_for_every_image_once_whatever_dies(tmp_path: Path, 
                 if len(schedule.ticks) % FOREIGN == 0:
                     elsewhere.append(threading.Thread(target=schedule.hold_from_elsewhere))
                     elsewhere[-1].start()
-            if now > kill_at and schedule.kill(kind):
-                kind = schedule.random.choices(list(KINDS), list(KINDS.values()))[0]
-                kill_at = now + schedule.random.expovariate(1 / MEAN_SECONDS)
             time.sleep(0.1)
             if number % 50 == 0:
                 assert all(tick.ended or now - tick.begun < LAST for tick in schedule.ticks), "a run hangs"
         source.over.set()
-        for thread in (growing, *elsewhere, *schedule.threads):
+        for thread in (growing, hunting, *elsewhere, *schedule.threads):
             thread.join(LAST)
         rest = schedule.start()
         rest.process.wait(LAST + SILENT_SECONDS)

@@ -35,7 +35,7 @@ audit: $(STAMP)  ## known vulnerabilities of the locked packages; says so where 
 ui: $(STAMP)  ## the MLflow page on the demo's runs
 	$(BIN)/python -m mlflow ui --backend-store-uri sqlite:///$(abspath $(OUTPUT))/mlflow.db --port 5000
 
-bench: $(STAMP)  ## the benchmarks behind docs/benchmarks.md
+bench: $(STAMP)  ## the benchmarks behind docs/benchmarks.md, at full size
 	$(BIN)/python -m pytest tests/benchmarks --benchmarks -s $(ARGS)
 
 proofs: $(STAMP)  ## the small trainings behind docs/proofs.md; ARGS="--seeds 1" for fewer

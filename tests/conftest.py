@@ -48,16 +48,14 @@ os.environ.update(  # before anything imports Ray, which reads its token once
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--benchmarks", action="store_true", help="run tests/benchmarks, which print and do not judge")
+    parser.addoption("--benchmarks", action="store_true", help="run tests/benchmarks for figures: all, at full size")
     parser.addoption(
         "--soak", type=float, metavar="MINUTES", help="run tests/soak, which kill at random for so long each"
     )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    if collection_path.name in ("benchmarks", "soak") and not config.getoption(f"--{collection_path.name}"):
-        return True
-    return None
+    return True if collection_path.name == "soak" and not config.getoption("--soak") else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,6 @@ One worker, stage 1, a network of 8 million values (134 MB of state with the ave
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -23,9 +22,7 @@ from pipelines.train.engine import Engine
 WIDTH, LAYERS, BATCH, STEPS, ROUNDS = 2048, 2, 64, 8, 3
 
 
-def test_checkpoint_stall(tmp_path: Path) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29621", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+def test_checkpoint_stall(one_worker: None, tmp_path: Path) -> None:
     network = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     engine = Engine(
         "net",
@@ -93,4 +90,3 @@ def test_checkpoint_stall(tmp_path: Path) -> None:
         for name, seconds in times.items():
             kept = seconds[1:]
             print(f"  {name:<28} {statistics.median(kept):7.3f}  ({min(kept):.3f} to {max(kept):.3f})")
-    torch.distributed.destroy_process_group()

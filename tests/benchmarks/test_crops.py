@@ -30,9 +30,10 @@ MIX = {  # height over width, and how many of a hundred images: our guess at a m
     (1, 3): 1,
 }
 ROWS, FILE_ROWS, GLOBAL_SIZE = 4000, 64, 16
+MIXES = (1_000, 4_000, 20_000, 100_000)  # images
 
 
-def mixed_sizes(rows: int = ROWS) -> list[Size]:
+def mixed_sizes(rows: int) -> list[Size]:
     """Sizes of the mix, each trimmed by up to a tenth of a side, as people crop."""
     draws = np.random.Generator(np.random.PCG64(0))
     shares = np.array(list(MIX.values())) / sum(MIX.values())
@@ -46,7 +47,7 @@ def mixed_sizes(rows: int = ROWS) -> list[Size]:
 
 
 def test_pixels_and_rows_kept() -> None:
-    sizes, table = mixed_sizes(), bucket_table(BucketConfig())
+    sizes, table = mixed_sizes(ROWS), bucket_table(BucketConfig())
     kept, square, counts = [], [], dict.fromkeys(table, 0)
     for height, width in sizes:
         bucket = nearest((height, width), table)
@@ -83,7 +84,7 @@ def test_places_filled_in_passes_of_the_vae() -> None:
     """Beside blocks of one source each, which is what a cut by source and bucket gives."""
     table, config = bucket_table(BucketConfig()), EncodeConfig()
     print(f"\nplaces filled in passes of {config.batch}, {config.rows_per_file} rows a task, images of 4 sources")
-    for rows in (1_000, 4_000, 20_000, 100_000):
+    for rows in MIXES:
         buckets = [nearest(size, table) for size in mixed_sizes(rows)]
         sources = np.random.Generator(np.random.PCG64(1)).choice(list("abcd"), rows, p=[0.4, 0.3, 0.2, 0.1])
         keys = [f"{number:06}" for number in range(rows)]

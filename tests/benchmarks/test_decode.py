@@ -17,7 +17,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from pipelines.config import CropConfig, Size
@@ -25,16 +24,17 @@ from pipelines.images import decode, decode_reduced, draw_crop, fit, header_size
 from pipelines.preprocess.measure import READ_THREADS, looks
 
 ROUNDS, LIMIT = 5, 10**9
+IMAGES, SHRINK = 24, 1  # most of them at a time, and what their sides are divided by
 CROP = CropConfig()
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in the tasks of a stage, which have a core each
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the tasks of a stage, which have a core each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def shrunk(size: Size) -> Size:
+    return size[0] // SHRINK, size[1] // SHRINK
+
+
+def photographs(size: Size, count: int) -> list[bytes]:
+    return [photograph(*shrunk(size), seed) for seed in range(min(count, IMAGES))]
 
 
 def photograph(height: int, width: int, seed: int = 0) -> bytes:
@@ -93,9 +93,9 @@ def show(title: str, found: dict[str, list[float]], images: int) -> None:
     ],
 )
 def test_decode_and_resize(title: str, size: Size, bucket: Size, count: int, most: int | None) -> None:
-    files = [photograph(*size, seed=seed) for seed in range(min(count, 6))]
-    files = [files[number % len(files)] for number in range(count)]
-    errors = [np.abs(ours(data, bucket).astype(int) - pillow(data, bucket)) for data in files[:6]]
+    distinct, bucket, count = photographs(size, min(count, 6)), shrunk(bucket), min(count, IMAGES)
+    files = [distinct[number % len(distinct)] for number in range(count)]
+    errors = [np.abs(ours(data, bucket).astype(int) - pillow(data, bucket)) for data in distinct]
     assert most is None or max(int(error.max()) for error in errors) <= most
     deviation = max(float(np.sqrt(np.square(error).mean())) for error in errors)
     assert deviation < 1
@@ -126,7 +126,7 @@ def test_decode_and_resize(title: str, size: Size, bucket: Size, count: int, mos
 
 def test_measuring() -> None:
     """What the index asks of pixels: whole images beside ones that are reduced while they are decoded."""
-    files = [photograph(3000, 4000, seed) for seed in range(4)]
+    files = photographs((3000, 4000), 4)
 
     def whole() -> list[object]:
         return [looks(decode(data, LIMIT)) for data in files]
@@ -144,8 +144,10 @@ def test_measuring() -> None:
 
 def test_headers_first() -> None:
     """C4: half of the images are larger than the limit."""
-    files = [photograph(896, 1152, seed) if seed % 2 else photograph(900, 1160, seed) for seed in range(12)]
-    limit = 896 * 1152
+    small, large = photographs((896, 1152), 6), photographs((900, 1160), 6)
+    files = [data for pair in zip(large, small, strict=True) for data in pair]
+    size = shrunk((896, 1152))
+    limit = size[0] * size[1]
 
     def decode_first() -> Sequence[Size]:
         images = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
@@ -156,7 +158,7 @@ def test_headers_first() -> None:
         images = [decode(data, limit) for data, (height, width) in sizes if height * width <= limit]
         return [(image.height, image.width) for image in images]
 
-    assert decode_first() == header_first() == [(896, 1152)] * 6
+    assert decode_first() == header_first() == [size] * len(small)
     found = turns({"decode, then look at the size": decode_first, "ours: header first": header_first})
     show("C4: half of 1 MP images rejected by size", found, len(files))
 
@@ -171,16 +173,16 @@ def test_headers_first() -> None:
 )
 def test_decode_resize_and_encode(title: str, size: Size, progressive: bool, count: int) -> None:
     """Beside img2dataset's Resizer, which reduces by areas where ours takes Lanczos; both crop the middle."""
-    side, quality = 512, 95
+    side, quality = 512 // SHRINK, 95
     try:
         from img2dataset.resizer import Resizer
     except ImportError as error:
         pytest.skip(f"img2dataset is not installed: {error}")
     resizer = Resizer(side, "center_crop", False, encode_quality=quality)
     files = []
-    for seed in range(count):
+    for data in photographs(size, count):
         buffer = io.BytesIO()
-        Image.open(io.BytesIO(photograph(*size, seed=seed))).save(buffer, "JPEG", quality=90, progressive=progressive)
+        Image.open(io.BytesIO(data)).save(buffer, "JPEG", quality=90, progressive=progressive)
         files.append(buffer.getvalue())
 
     def theirs(data: bytes) -> bytes:

@@ -31,31 +31,32 @@ SHAPES = {
 }
 
 
-def tensors_of(number: int) -> dict[Column, np.ndarray]:
+def tensors_of(number: int, rows: int) -> dict[Column, np.ndarray]:
     draws = np.random.Generator(np.random.PCG64(number))
-    return {name: draws.standard_normal((FILE_ROWS, *shape), np.float32) for name, shape in SHAPES.items()}
+    return {name: draws.standard_normal((rows, *shape), np.float32) for name, shape in SHAPES.items()}
 
 
-def table(number: int) -> pa.Table:
-    pairs = [[1024, 1024]] * FILE_ROWS
+def table(number: int, rows: int) -> pa.Table:
+    """The `number`-th file of `rows` latents."""
+    pairs = [[1024, 1024]] * rows
     values = {
-        Column.KEY: [f"{number}-{row}" for row in range(FILE_ROWS)],
-        Column.ID: [f"{number}-{row}" for row in range(FILE_ROWS)],
-        Column.CAPTIONS: [["a caption"]] * FILE_ROWS,
-        Column.CAPTION_WEIGHTS: [[1.0]] * FILE_ROWS,
+        Column.KEY: [f"{number}-{row}" for row in range(rows)],
+        Column.ID: [f"{number}-{row}" for row in range(rows)],
+        Column.CAPTIONS: [["a caption"]] * rows,
+        Column.CAPTION_WEIGHTS: [[1.0]] * rows,
         Column.ORIGINAL_SIZE: pairs,
-        Column.CROP: [0] * FILE_ROWS,
-        Column.CROP_TOP_LEFT: [[0, 0]] * FILE_ROWS,
+        Column.CROP: [0] * rows,
+        Column.CROP_TOP_LEFT: [[0, 0]] * rows,
         Column.TARGET_SIZE: pairs,
-        Column.FLIP: [False] * FILE_ROWS,
-        Column.AESTHETIC_SCORE: [5.0] * FILE_ROWS,
+        Column.FLIP: [False] * rows,
+        Column.AESTHETIC_SCORE: [5.0] * rows,
     }
-    tensors = tensors_of(number)
+    tensors = tensors_of(number, rows)
     schema = latents_schema(SHAPES[Column.LATENT_MEAN], SHAPES[Column.CONTEXT], SHAPES[Column.POOLED])
-    places = np.arange(FILE_ROWS)
+    places = np.arange(rows)
     columns = {name: tensor_column(array) for name, array in tensors.items()}
     for name in columns.keys() & OF_CAPTIONS:
-        columns[name] = in_lists(FILE_ROWS, places, columns[name], schema.field(name).type)
+        columns[name] = in_lists(rows, places, columns[name], schema.field(name).type)
     arrays = [
         columns[field.name] if field.name in columns else pa.array(values[field.name], field.type) for field in schema
     ]
@@ -79,7 +80,7 @@ def show(title: str, found: dict[str, list[float]], unit: str) -> None:
 
 
 def test_write_and_read(tmp_path: Path) -> None:
-    tables = [table(number) for number in range(ROWS // FILE_ROWS)]
+    tables = [table(number, FILE_ROWS) for number in range(ROWS // FILE_ROWS)]
     row_bytes = 2 * sum(int(np.prod(shape)) for shape in SHAPES.values())
     megabytes = ROWS * row_bytes / 1e6
     dataset = Storage(str(tmp_path / "latents"))
@@ -93,7 +94,7 @@ def test_write_and_read(tmp_path: Path) -> None:
         pa.table(
             {name: pa.FixedSizeListArray.from_arrays(array.ravel(), array[0].size) for name, array in tensors.items()}
         )
-        for tensors in map(tensors_of, range(len(tables)))
+        for tensors in (tensors_of(number, FILE_ROWS) for number in range(len(tables)))
     ]
 
     def write_wide() -> None:

@@ -1,8 +1,8 @@
 """The latents loader and writer beside webdataset, MDS, npz files and Hugging Face's datasets, on the same rows.
 
 Rows have the full shape of SDXL at 1024 x 1024. Each side gives batches of the same tensors, ready in memory, in an
-order that it shuffles itself; all run in one process, in turns. A peer that is not installed is named and left out;
-none is a dependency. They can be put beside the environment without touching it:
+order that it shuffles itself; all run in one process, in turns. A peer that is not installed is told as skipped; none
+is a dependency. They can be put beside the environment without touching it:
 
     uv pip install --no-deps --target PEERS webdataset braceexpand datasets dill multiprocess xxhash \
         mosaicml-streaming python-snappy cramjam zstd Brotli catalogue multidict
@@ -14,12 +14,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 
 from pipelines.preprocess.pipeline import LATENTS_COMPRESSION
@@ -29,9 +29,9 @@ from pipelines.storage import Storage
 from pipelines.train.batches import LatentReader
 from pipelines.train.config import BatchConfig
 from pipelines.train.plan import Plan
-from tests.benchmarks.test_latent_store import BATCH, FILE_ROWS, SHAPES, table
+from tests.benchmarks.test_latent_store import SHAPES, table
 
-FILES, ROUNDS, RESUMED_AT = 8, 5, 0.9
+FILES, FILE_ROWS, BATCH, ROUNDS, RESUMED_AT = 8, 64, 16, 5, 0.9
 BUCKET, SHUFFLED = (1024, 1024), 128  # rows that a streaming peer shuffles among
 CONDITIONS = (Column.ORIGINAL_SIZE, Column.CROP_TOP_LEFT, Column.TARGET_SIZE)
 Sample = dict[str, np.ndarray]
@@ -67,7 +67,7 @@ class Ours:
 class WebDataset:
     """Tars of .npy files, shuffled as they stream."""
 
-    name = "webdataset"
+    name = needs = "webdataset"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -96,7 +96,7 @@ class WebDataset:
 class Npz:
     """One uncompressed .npz a row, read in a drawn order."""
 
-    name = "npz"
+    name, needs = "npz", "numpy"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -116,7 +116,7 @@ class Npz:
 class Mds:
     """MosaicML's shards, shuffled by its own sampler."""
 
-    name = "streaming"
+    name = needs = "streaming"
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.dataset = folder, None
@@ -142,7 +142,7 @@ class Mds:
 class HuggingFace:
     """Arrow files with a column of bytes for each tensor, mapped to memory, read in a drawn order."""
 
-    name = "datasets"
+    name = needs = "datasets"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -229,12 +229,14 @@ def show(title: str, found: dict[str, list[tuple[float, float]]], megabytes: flo
         print(f"  {name:<12}{''.join(columns)}")
 
 
-def test_loaders(tmp_path: Path) -> None:
-    tables = [table(number) for number in range(FILES)]
+def test_loaders(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    tables = [table(number, FILE_ROWS) for number in range(FILES)]
     megabytes = FILES * FILE_ROWS * 2 * sum(int(np.prod(shape)) for shape in SHAPES.values()) / 1e6
-    there = [peer for peer in PEERS if peer.name == "npz" or find_spec(peer.name)]
-    print("\nnot installed, left out:", ", ".join(peer.name for peer in PEERS if peer not in there) or "none")
-    sides = [side(tmp_path / side.name) for side in (Ours, *there)]
+    sides = [Ours(tmp_path / "ours")]
+    for peer in PEERS:
+        with subtests.test(peer.name):
+            pytest.importorskip(peer.needs)
+            sides.append(peer(tmp_path / peer.name))
     writers = [side for side in sides if side.name in ("ours", "webdataset", "npz")]
     show("write", timed(writers, lambda side, _: side.write(tables), 3), megabytes)
     for side in sides:

@@ -13,28 +13,31 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_networks import built, diffusers_unet, diffusers_vae, inputs_of, same_answer, text_sides, turns, twin
 from torch.profiler import ProfilerActivity, profile
 
 from model.config import TEXT_PRESETS, UNET_PRESETS, VAE_PRESETS, TextConfig
 from model.speed import compile_blocks
 from model.unet import UNet
 from model.vae import VAE
+from tests.benchmarks.gpu_networks import (
+    built,
+    diffusers_unet,
+    diffusers_vae,
+    inputs_of,
+    same_answer,
+    text_sides,
+    turns,
+    twin,
+)
 
 ROUNDS = 7
+pytestmark = pytest.mark.usefixtures("one_thread")
 LATENT_SIZE, IMAGE_SIZE = (32, 32), 256
+VAE_CONFIG = VAE_PRESETS["sdxl"]
 NARROW_BASE = replace(UNET_PRESETS["base"], model_channels=128)  # all of the base's blocks
 TEXT = TextConfig(  # the published widths, and a fifth of the layers
     clip_l=replace(TEXT_PRESETS["sdxl"].clip_l, layers=4), bigg=replace(TEXT_PRESETS["sdxl"].bigg, layers=6)
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():  # threads that wait for one another count as computing
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def peak_mib(run: Callable[[], object]) -> float:
@@ -91,11 +94,11 @@ def test_unet() -> None:
 
 
 def test_vae() -> None:
-    config = VAE_PRESETS["sdxl"]
-    ours = built(VAE, config, "cpu", torch.float32).eval()
-    theirs = diffusers_vae(ours, config)
+    ours = built(VAE, VAE_CONFIG, "cpu", torch.float32).eval()
+    theirs = diffusers_vae(ours, VAE_CONFIG)
     image = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1
-    latents = torch.randn(1, 4, IMAGE_SIZE // 8, IMAGE_SIZE // 8)
+    side = IMAGE_SIZE // VAE_CONFIG.downsample
+    latents = torch.randn(1, 4, side, side)
     with torch.no_grad():
         encode = {"ours": lambda: ours.encode(image).mean, "diffusers": lambda: theirs.encode(image).latent_dist.mean}
         decode = {"ours": lambda: ours.decode(latents), "diffusers": lambda: theirs.decode(latents).sample}

@@ -13,14 +13,12 @@ end with the same.
 
 from __future__ import annotations
 
-import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_networks import diffusers_unet, fill, turns, twin
 from torch import Tensor, nn
 
 from model.conditioning import conditioning_vector
@@ -40,6 +38,7 @@ from pipelines.train.config import (
 )
 from pipelines.train.engine import Engine
 from pipelines.train.meter import Meter
+from tests.benchmarks.gpu_networks import diffusers_unet, fill, turns, twin
 
 PRESET, BATCH, SIDE, ROUNDS = "tiny-base", 8, 32, 5
 SCALING_FACTOR, PIXELS = 0.5, 8
@@ -56,17 +55,10 @@ class Manifest:
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def alone(one_thread: None, one_worker: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread, one worker, and no dataset: batches are handed over."""
     monkeypatch.setattr(denoiser, "require_manifest", lambda *_: Manifest)
     monkeypatch.setattr(denoiser, "LatentReader", lambda *_: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29622", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-    torch.set_num_threads(threads)
 
 
 def latents() -> LatentBatch:

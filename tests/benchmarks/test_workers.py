@@ -17,13 +17,13 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_networks import fill, inputs_of
 from torch import Tensor
 
 from model.config import UNET_PRESETS
 from model.unet import UNet
 from pipelines.train.config import BatchConfig, EMAConfig, OptimizerConfig, ScheduleConfig, WorkersConfig
 from pipelines.train.engine import Engine
+from tests.benchmarks.gpu_networks import fill, inputs_of
 
 UNET, BATCH, SIDE, ROUNDS = UNET_PRESETS["tiny-base"], 8, 32, 5
 

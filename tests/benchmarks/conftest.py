@@ -4,6 +4,7 @@ change leaves them behind. What they check holds as ever; their figures are then
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,12 @@ SMALL: dict[str, dict[str, Any]] = {  # by module, what takes the place of its n
         "IMAGE_SIZE": 32,
         "TEXT": TEXT_PRESETS["tiny"],
         "compile_blocks": lambda network: None,  # a minute of a compiler's work
+    },
+    "test_scale": {
+        **{"SIZES": (800,), "SMALL_FILES": (200,), "LOADED": (256,)},
+        **{"TABLES": 4, "INDEX_FILE_ROWS": 256, "LATENTS_FILE_ROWS": 16, "STEPS": 2, "GLOBAL_SIZE": 8},
+        # in this process: ones that import all anew take 20 s
+        "run": lambda part, *given: getattr(sys.modules["tests.benchmarks.test_scale"], part)(*given),
     },
     "test_training_step": {"BATCH": 2, "SIDE": 8, "ROUNDS": 1},
     "test_unit_costs": {"ROUNDS": 1, "SIZES": ((128, 128), (256, 256)), "BUCKET": (128, 128), "INDEX_ROWS": 16},

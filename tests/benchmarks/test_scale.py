@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -33,26 +34,30 @@ STEPS, GLOBAL_SIZE = 200, 64
 TENSORS = {"latent_mean": (4, 2, 2), "latent_std": (4, 2, 2), "context": (2, 4), "pooled": (4,)}  # small: rows count
 
 
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("rows", SIZES)
-def test_the_driver(rows: int, tmp_path: Path) -> None:
-    run("make_driver", rows, tmp_path)
-    show(f"driver, {rows:,} rows", rows, run("driver", rows, tmp_path))
-    show(f"driver of the VAE, {rows:,} rows", rows, run("make_images", rows, tmp_path))
-    show(f"worker of the VAE, {rows:,} rows", rows, run("images", rows, tmp_path))
-
-
-@pytest.mark.parametrize("rows", LOADED)
-def test_a_loaders_worker(rows: int, tmp_path: Path) -> None:
-    run("make_worker", rows, tmp_path)
-    show(f"worker, {rows:,} rows", rows, run("worker", rows, tmp_path))
+@pytest.mark.timeout(2400)
+def test_the_driver(tmp_path: Path) -> None:
+    for rows in SIZES:
+        folder = tmp_path / str(rows)
+        folder.mkdir()
+        run("make_driver", rows, folder)
+        show(f"driver, {rows:,} rows", rows, run("driver", rows, folder))
+        show(f"driver of the VAE, {rows:,} rows", rows, run("make_images", rows, folder))
+        show(f"worker of the VAE, {rows:,} rows", rows, run("images", rows, folder))
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("images", SMALL_FILES)
-def test_many_small_files(images: int, tmp_path: Path) -> None:
-    run("make_files", images, tmp_path)
-    show(f"driver, a folder of {images:,} images with their captions", images, run("files", images, tmp_path))
+def test_a_loaders_worker(tmp_path: Path) -> None:
+    for rows in LOADED:
+        run("make_worker", rows, tmp_path / str(rows))
+        show(f"worker, {rows:,} rows", rows, run("worker", rows, tmp_path / str(rows)))
+
+
+@pytest.mark.timeout(2400)
+def test_many_small_files(tmp_path: Path) -> None:
+    for images in SMALL_FILES:
+        run("make_files", images, tmp_path / str(images))
+        title = f"driver, a folder of {images:,} images with their captions"
+        show(title, images, run("files", images, tmp_path / str(images)))
 
 
 def run(part: str, rows: int, folder: Path) -> list[dict[str, Any]]:
@@ -175,13 +180,13 @@ def make_driver(rows: int, folder: Path) -> None:
         write_units(unit, index, "data/x", "zstd")
 
 
+@patch("pipelines.preprocess.pipeline._folder", lambda fingerprint: "data/x")
 def driver(rows: int, folder: Path) -> list[dict[str, Any]]:
     from pipelines.lease import lease
     from pipelines.preprocess import pipeline
     from pipelines.preprocess.config import FilterConfig
     from pipelines.storage import Storage
 
-    pipeline._folder = lambda fingerprint: "data/x"  # type: ignore[assignment]
     index, told, step = Storage(str(folder / "index")), setting(folder), Steps()
 
     def build(**filters: Any) -> Any:

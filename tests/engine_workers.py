@@ -44,15 +44,15 @@ class Case:
     dtype: str = "float32"
     offload: bool = False
     passes: int = 2
-    fused: bool = False
+    plain: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.stage}{'o' if self.offload else ''}{'f' if self.fused else ''}-{self.dtype}"
+        return f"{self.stage}{'o' if self.offload else ''}{'p' if self.plain else ''}-{self.dtype}"
 
 
 PAIRS = (
-    (Case(0), Case(1), Case(2), Case(1, fused=True), Case(1, "bfloat16"), Case(2, "bfloat16")),
+    (Case(0), Case(1), Case(2), Case(1, plain=True), Case(1, "bfloat16"), Case(2, "bfloat16")),
     (Case(3), Case(2, offload=True), Case(3, offload=True), Case(3, "bfloat16"), Case(0, "bfloat16", passes=1)),
 )
 CASES = {case.name: case for pair in PAIRS for case in pair}
@@ -195,7 +195,7 @@ def new_engine(
     return Engine(
         "net",
         (net or network()).train(),
-        optimizer=replace(OPTIMIZER, guard=guard or GuardConfig(), implementation="fused" if case.fused else "auto"),
+        optimizer=replace(OPTIMIZER, guard=guard or GuardConfig(), implementation="plain" if case.plain else "auto"),
         schedule=SCHEDULE,
         batch=batch or BatchConfig(global_size=GLOBAL, micro_size=GLOBAL // world // case.passes),
         workers=WorkersConfig(count=world, zero_stage=case.stage, dtype=case.dtype, offload_optimizer=case.offload),  # type: ignore[arg-type]

@@ -61,8 +61,8 @@ class OptimizerConfig:
     lr: Positive = 1e-4
     """Learning rate after warm-up."""
     implementation: Literal["auto", "plain", "fused", "8bit"] = "auto"
-    """How it computes: tensor by tensor ("plain"), in one kernel ("fused"), or with moments of 8 bits, a quarter of the
-    memory ("8bit", which needs bitsandbytes); "auto" is fused on a GPU, and plain elsewhere."""
+    """How it computes: operation by operation ("plain"), in one kernel ("fused"), or with moments of 8 bits, a quarter
+    of the memory ("8bit", which needs bitsandbytes); "auto" is fused, which GPUs and CPUs have a kernel for."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the two moments."""
     eps: Positive = 1e-8

@@ -56,7 +56,7 @@ class Engine:
         exact = {key: parameter.detach().float().cpu().clone() for key, parameter in network.named_parameters()}
         self._engine, *_ = deepspeed.initialize(
             model=network,
-            optimizer=adamw(optimizer, network.parameters(), workers.gpu, self._may_step),
+            optimizer=adamw(optimizer, network.parameters(), self._may_step),
             config=deepspeed_config(optimizer, batch, workers, torch.distributed.get_world_size()),
         )
         self._dtype = torch.bfloat16 if workers.dtype == "bfloat16" else torch.float32

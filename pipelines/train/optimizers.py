@@ -22,9 +22,7 @@ MOST_VALUES = 2**31 - 1  # of a tensor: bitsandbytes counts them in a C int of 3
 VALUES_AT_A_TIME = 2**24  # that are taken between codes and values, a multiple of BLOCK
 
 
-def adamw(
-    config: OptimizerConfig, parameters: Iterable[Tensor], gpu: bool, may_step: Callable[[], bool]
-) -> torch.optim.Optimizer:
+def adamw(config: OptimizerConfig, parameters: Iterable[Tensor], may_step: Callable[[], bool]) -> torch.optim.Optimizer:
     """The configured AdamW. It asks `may_step` before each step, when DeepSpeed has the gradient's norm."""
     settings: dict[str, Any] = {
         "lr": config.lr,
@@ -38,7 +36,7 @@ def adamw(
         kind: Any = bitsandbytes.optim.AdamW8bit
     else:
         kind = torch.optim.AdamW
-        settings["fused"] = config.implementation == "fused" or (config.implementation == "auto" and gpu)
+        settings["fused"] = config.implementation != "plain"
 
     class Gated(kind):
         """AdamW that does nothing where a step is refused."""

@@ -15,7 +15,7 @@ def after_steps(implementation: str, count: int, size: int = SIZE):
     """(optimizer, weights) after steps whose gradients are mostly negative, so that the largest moments are too."""
     weights = torch.nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(0)))
     config = OptimizerConfig(lr=1e-2, implementation=implementation)
-    optimizer = adamw(config, [weights], False, lambda: True)
+    optimizer = adamw(config, [weights], lambda: True)
     go_on(optimizer, weights, 0, count)
     return optimizer, weights
 
@@ -26,7 +26,7 @@ def go_on(optimizer, weights, first, last):
         optimizer.step()
 
 
-@pytest.mark.parametrize(("implementation", "tolerance"), [("fused", 1e-6), ("auto", 0.0), ("8bit", 0.01)])
+@pytest.mark.parametrize(("implementation", "tolerance"), [("fused", 1e-6), ("auto", 1e-6), ("8bit", 0.01)])
 def test_every_form_takes_the_steps_of_the_plain_one(implementation, tolerance):
     (_, plain), (_, other) = after_steps("plain", 4), after_steps(implementation, 4)
     assert 0 <= float((plain - other).detach().abs().max()) <= tolerance
@@ -36,7 +36,7 @@ def test_every_form_takes_the_steps_of_the_plain_one(implementation, tolerance):
 @pytest.mark.parametrize("implementation", ["plain", "fused", "8bit"])
 def test_a_refused_step_does_nothing(implementation):
     weights = torch.nn.Parameter(torch.ones(SIZE))
-    optimizer = adamw(OptimizerConfig(implementation=implementation), [weights], False, lambda: False)
+    optimizer = adamw(OptimizerConfig(implementation=implementation), [weights], lambda: False)
     weights.grad = torch.ones(SIZE)
     optimizer.step()
     assert torch.equal(weights, torch.ones(SIZE))

@@ -45,7 +45,8 @@ def sample_pictures(
     the sum of all workers' tensors. The others have an empty dictionary.
     """
     task.before_samples()
-    pictures, before = {}, 0
+    drawn: dict[str, torch.Tensor] = {}
+    before = 0
     for name, (bucket, rows), by_size in _grids(task, sampled):
         places = [0] * len(ORIGINAL_SIZES) if by_size else list(range(len(rows)))
         mine = shares(len(places), before, rank, world)
@@ -55,10 +56,9 @@ def sample_pictures(
             read = task.reader.read(rows, bucket, 0)
             batch = taken(by_original_size(read) if by_size else read, mine)
             cells[:, mine] = torch.from_numpy(task.samples(network, batch, [places[place] for place in mine]))
-        cells = added(cells)
-        if rank == 0:
-            pictures[name] = grid(list(cells.numpy()))
-    return pictures
+        drawn[name] = cells
+    together = {name: added(cells) for name, cells in drawn.items()}  # only now: nobody waits between grids
+    return {name: grid(list(cells.numpy())) for name, cells in together.items()} if rank == 0 else {}
 
 
 def shares(count: int, before: int, rank: int, world: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from pipelines.preprocess.alert import HeldError
 from pipelines.preprocess.bucket import bucket_table
 from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.preprocess.sources.survey import Survey, survey
+from pipelines.runs import Work
 from pipelines.schema import Manifest, read_manifest, require_manifest
 from pipelines.storage import Storage, StorageOptions
 from pipelines.tracking import Lineage, Run, closing, open_run, send_left, tracking_uri
@@ -189,6 +191,9 @@ def plan(job: PreprocessJob) -> None:
     for kind, folder in (("index", job.index), ("latents", job.latents)):
         manifest = read_manifest(Storage(folder, job.storage), kind) if folder else None
         print(f"{kind}: {_describe(manifest) if manifest else 'nothing yet'}, in {folder}")
+    folder = Work(job.driver).folder
+    free = shutil.disk_usage(folder).free
+    print(f"driver: {job.driver.memory_mib} MiB of rows in memory, the rest in {folder}, with {free / 1e9:.1f} GB free")
     if "latents" in job.stages:
         from pipelines.estimate import parameters, readable
         from pipelines.sources import find

@@ -36,9 +36,9 @@ class Work:
 
     def __init__(self, config: DriverConfig) -> None:
         """Raises FileNotFoundError where the settings name a folder that is not there."""
-        self._folder, self.piece_bytes = config.folder or _folder_on_disk(), config.memory_mib * 2**20 // SHARES
-        if not os.path.isdir(self._folder):
-            raise FileNotFoundError(f"driver.folder: there is no folder {self._folder}; make it, or name another")
+        self.folder, self.piece_bytes = config.folder or _folder_on_disk(), config.memory_mib * 2**20 // SHARES
+        if not os.path.isdir(self.folder):
+            raise FileNotFoundError(f"driver.folder: there is no folder {self.folder}; make it, or name another")
 
     def runs(self, schema: pa.Schema) -> Runs:
         """Runs of rows of this schema, without any yet."""
@@ -69,12 +69,12 @@ class Work:
     def _file(self) -> Iterator[IO[bytes]]:
         """A file without a name."""
         try:
-            with naming_full_disk(f"{self._folder}/rows"), tempfile.TemporaryFile(dir=self._folder) as file:
+            with naming_full_disk(f"{self.folder}/rows"), tempfile.TemporaryFile(dir=self.folder) as file:
                 yield file
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 message = f"{error.strerror}; rows on their way fill driver.folder"
-                raise OSError(error.errno, message, self._folder) from error
+                raise OSError(error.errno, message, self.folder) from error
             raise
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ from annotated_types import Gt
 from pyarrow import fs as pafs
 
 from pipelines.ranges import RangeReader
+from pipelines.walk import files_below
 
 READ_AHEAD = 2**20  # bytes of a stream
 TABLE_READERS, TABLES_AHEAD = 16, 64  # tables that are read at a time, and before they are asked for
@@ -165,10 +166,7 @@ class Storage:
 
     def list(self, folder: str = "") -> list[FileStat]:
         """All files below `folder`, at any depth, sorted by name; files still being written are not among them."""
-        start = len(self.root) + 1
-        files = [
-            FileStat(info.path[start:], info.size, (info.mtime_ns or 0) // 1000) for info in self._files_below(folder)
-        ]
+        files = (FileStat(*found) for found in self._files_below(folder))
         return sorted(files, key=lambda file: file.name)
 
     def folders(self, folder: str = "") -> set[str]:
@@ -176,25 +174,19 @@ class Storage:
         with a file in them, since some servers go on showing empty ones."""
         start = len(self.root) + 1
         if not self.is_local:
-            place = len(self.path(folder)) + 1
-            names = (info.path for info in self._files_below(folder))
-            return {name[start : name.index("/", place)] for name in names if "/" in name[place:]}
+            place = len(self.path(folder)) + 1 - start
+            names = (name for name, _, _ in self._files_below(folder))
+            return {name[: name.index("/", place)] for name in names if "/" in name[place:]}
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
         found = self.filesystem.get_file_info(selector)
         return {info.path[start:] for info in found if info.type == pafs.FileType.Directory}
 
     def list_table(self) -> pa.Table:
         """As `list`, of the whole folder, as columns name, size and modified_us: for folders of millions of files."""
-        start = len(self.root) + 1
         found = self._files_below("")
         tables = []
         while some := list(islice(found, FILES_AT_A_TIME)):
-            columns: dict[str, Iterable[Any]] = {
-                "name": (info.path[start:] for info in some),
-                "size": (info.size for info in some),
-                "modified_us": ((info.mtime_ns or 0) // 1000 for info in some),
-            }
-            tables.append(pa.table({field.name: pa.array(columns[field.name], field.type) for field in LISTED}))
+            tables.append(pa.table(list(zip(*some, strict=True)), LISTED))
         return pa.concat_tables([*tables, LISTED.empty_table()]).sort_by("name")
 
     def read(self, name: str) -> bytes:
@@ -373,19 +365,22 @@ class Storage:
                 return empty if wanted is None else empty.select(wanted), 1
             return parquet.read_row_group(number, columns=wanted), parquet.num_row_groups
 
-    def _files_below(self, folder: str) -> Iterator[pafs.FileInfo]:
-        waiting = [self.path(folder)]
-        while waiting:  # local folders one at a time: what is known of all files at once is much more than their names
-            selector = pafs.FileSelector(waiting.pop(), recursive=not self.is_local, allow_not_found=True)
-            try:
-                found = self.filesystem.get_file_info(selector)
-            except FileNotFoundError:  # of a folder that came meanwhile: not there at first, there at last
-                found = self.filesystem.get_file_info(selector)
-            for info in found:
-                if info.type == pafs.FileType.Directory and self.is_local:
-                    waiting.append(info.path)
-                elif info.type == pafs.FileType.File and not info.base_name.startswith(TEMPORARY):
-                    yield info
+    def _files_below(self, folder: str) -> Iterator[tuple[str, int, int]]:
+        """Name, size and time, as FileStat has them, of each whole file."""
+        place, start = self.path(folder), len(self.root) + 1
+        for path, size, modified_us in files_below(place) if self.is_local else self._objects_below(place):
+            if not path.rpartition("/")[2].startswith(TEMPORARY):
+                yield path[start:], size, modified_us
+
+    def _objects_below(self, place: str) -> Iterator[tuple[str, int, int]]:
+        selector = pafs.FileSelector(place, recursive=True, allow_not_found=True)
+        try:
+            found = self.filesystem.get_file_info(selector)
+        except FileNotFoundError:  # of a folder that came meanwhile: not there at first, there at last
+            found = self.filesystem.get_file_info(selector)
+        for info in found:
+            if info.type == pafs.FileType.File:
+                yield info.path, info.size, (info.mtime_ns or 0) // 1000
 
     def remove_incomplete(self) -> int:
         """Delete what writers that were killed left behind; returns how many files. Local folders only."""

@@ -17,13 +17,14 @@ from pipelines.originals import Originals
 from pipelines.preprocess.config import MOST_DISTINCT, FilterConfig
 from pipelines.preprocess.near import HASH_SIDE, perceptual_hash
 from pipelines.preprocess.quarantine import DecoderKilledError, decoding
-from pipelines.preprocess.sources.captions import lines_of
+from pipelines.preprocess.sources.captions import lines_of, text_of
 from pipelines.preprocess.sources.inputs import CAPTION_FILE, CAPTION_PER_LINE, PROBLEM
 from pipelines.preprocess.write import timed
 from pipelines.schema import INDEX_SCHEMA, Column, Reject
 
 LEAST_HASHED_CONTRAST = 1.0  # of 255; below, a hash would be one of rounding
 LOOKED_AT = (HASH_SIDE * 3, HASH_SIDE * 3)  # pixels that are enough to see what an image looks like
+LONGEST_SIDE = 2**31 - 1  # pixels that the index can write down; a header may claim more
 READ_THREADS = 8  # reads in flight per task; decoding releases the interpreter lock
 
 
@@ -67,8 +68,10 @@ def facts(data: bytes, max_pixels: int) -> dict[str, Any]:
     """What the bytes of an image alone say: original size and looks, or why they cannot be had."""
     known: dict[str, Any] = {}
     try:
-        height, width = known[Column.ORIGINAL_SIZE] = header_size(data)
-        if height * width > max_pixels:
+        height, width = header_size(data)
+        if max(height, width) <= LONGEST_SIDE:
+            known[Column.ORIGINAL_SIZE] = height, width
+        if height * width > max_pixels or not known:
             detail = f"the header claims {height} x {width} pixels"
             return known | {Column.REJECT_REASON: Reject.TOO_LARGE, Column.REJECT_DETAIL: detail}
         image, scale = decode_reduced(data, max_pixels, LOOKED_AT)
@@ -99,7 +102,7 @@ def _read_captions(originals: Originals, values: dict[str, Any]) -> list[str]:
         data = originals.storage(values[Column.SOURCE]).read(values[CAPTION_FILE])
     except FileNotFoundError:
         return []
-    text = data.decode("utf-8", errors="replace").strip()
+    text = text_of(data).strip()
     return lines_of(text) if values[CAPTION_PER_LINE] else [text]
 
 

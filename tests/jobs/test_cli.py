@@ -68,7 +68,7 @@ def ended(*argv: str, kind=PreprocessJob, job=preprocess) -> int:
 
 def test_a_dry_run_prints_the_settings_and_the_plan_and_leaves_nothing(folder, capsys):
     before = files(folder)
-    assert ended("job.toml", "encode.batch=4", "--dry-run") == 0
+    assert ended("job.toml", "encode.batch=4", "driver={memory_mib=64, folder='images'}", "--dry-run") == 0
     assert files(folder) == before
     printed, error = capsys.readouterr()
     assert error == ""
@@ -80,6 +80,7 @@ def test_a_dry_run_prints_the_settings_and_the_plan_and_leaves_nothing(folder, c
     assert "buckets: 2, from 16 x 48 to 32 x 32 (h x w)" in plan
     assert f"index: nothing yet, in {folder}/out/index" in plan
     assert f"latents: nothing yet, in {folder}/out/latents" in plan
+    assert "driver: 64 MiB of rows in memory, the rest in images, with " in plan
     assert f"warning: vae.path: no weights at {folder}/out/vae" in plan
 
 

@@ -5,6 +5,7 @@ import itertools
 import random
 import struct
 import zlib
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -124,6 +125,28 @@ def test_a_rejected_image_says_why(index, data, reason, detail):
 
 def test_a_header_that_claims_too_much_is_too_large_and_not_unreadable_by_default(index):
     assert reasons(index({"a.png": claiming(60_000, 60_000)})) == {"a.png": Reject.TOO_LARGE}
+
+
+def test_a_side_that_the_index_cannot_write_down_is_too_large(index):
+    wide = bytearray(png(30, 40, kind="BMP"))
+    wide[18:22] = (2**32 - 40).to_bytes(4, "little")  # a width of -40, which the decoder takes for this
+    row = index({"a.bmp": bytes(wide), "b.png": claiming(2**31 - 1, 2**31 - 1)})["a.bmp"]
+    assert (row["reject_reason"], row["original_size"]) == (Reject.TOO_LARGE, None)
+    assert "30 x 4294967256" in row["reject_detail"]
+
+
+def test_an_image_whose_name_is_no_text_is_a_verdict(index, tmp_path):
+    Path(f"{tmp_path}/caf\udce9.png").write_bytes(png(30, 40))
+    assert reasons(index({"a.png": png(9, 9)})) == {"a.png": None, "caf\\xe9.png": Reject.UNREADABLE}
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["a café\r\n".encode("utf-8-sig"), "a café".encode("utf-16"), b"\xfe\xff" + "a café".encode("utf-16-be")],
+)
+def test_the_mark_of_a_text_file_says_its_encoding_and_is_no_caption(index, tmp_path, data):
+    (tmp_path / "a.txt").write_bytes(data)
+    assert index({"a.png": png(9, 9)})["a.png"]["captions"] == ["a café"]
 
 
 def test_the_limits_themselves_are_kept(index):

@@ -58,7 +58,7 @@ def test_all_rows_come_back_those_of_a_code_together_and_as_they_were_added(work
     if codes == 2**64 and len(first) > 100:
         assert len(found) > 3
     assert [one.rows, other.rows] == [len(first), len(second)]
-    assert os.listdir(work._folder) == []  # files are gone as soon as they are written
+    assert os.listdir(work.folder) == []  # files are gone as soon as they are written
 
 
 @pytest.mark.parametrize("seed", range(6))

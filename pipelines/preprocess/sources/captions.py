@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,12 @@ def caption_columns(config: ColumnsConfig) -> Mapping[str, float]:
 def lines_of(text: str) -> list[str]:
     """The captions of a text in which each line is one; lines without words are none."""
     return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def text_of(data: bytes) -> str:
+    """The text of a file, by its byte order mark, which is no part of it, or else by UTF-8."""
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8-sig", errors="replace")
 
 
 class ToldCaptions:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.config import SourceConfig
-from pipelines.preprocess.sources.captions import caption_columns, lines_of
+from pipelines.preprocess.sources.captions import caption_columns, lines_of, text_of
 from pipelines.preprocess.sources.columns import Records, check_columns
 from pipelines.preprocess.sources.inputs import IMAGE_SUFFIXES, PROBLEM, listed, listed_table
 from pipelines.schema import Column
@@ -106,7 +106,7 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, Samp
     else:
         content = tar.extractfile(member)
         assert content is not None  # a regular member
-        text = content.read().decode("utf-8", errors="replace")
+        text = text_of(content.read())
         try:
             found = {TEXT: text} if suffix == TEXT else json.loads(text)
         except ValueError as error:

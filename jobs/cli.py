@@ -30,6 +30,7 @@ J = TypeVar("J", bound=Job)
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 USAGE_ERROR, FAILURE = 2, 1  # exit codes: nothing was started; something failed on its way
+STOPPED = 130  # by control-C, as shells call it, and by SIGTERM
 LOOK, HELD = 3, 4  # done, and a person should look at it; not done, until a person has looked
 KNOCK_SECONDS = 20.0  # longest wait for a cluster's head to take a connection
 NOTHING = "null"  # as an override's value
@@ -103,6 +104,9 @@ def main(
             run(job)
     except JobError as error:
         sys.exit(_complain(str(error), error.code))
+    except KeyboardInterrupt:
+        print("stopped: what is finished stays, and the same command goes on", file=sys.stderr)
+        sys.exit(STOPPED)
     except (ValueError, OSError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         if not os.path.abspath(frame.filename).startswith(PROJECT):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from jobs import generate, preprocess
-from jobs.cli import FAILURE, HELD, LOOK, USAGE_ERROR, WORKER_ENVIRONMENT, JobError, main, start_ray
+from jobs.cli import FAILURE, HELD, LOOK, STOPPED, USAGE_ERROR, WORKER_ENVIRONMENT, JobError, main, start_ray
 from jobs.config import GenerateJob, Job, PreprocessJob, RayConfig
 from pipelines.config import without_secrets
 from pipelines.schema import Manifest
@@ -139,12 +139,14 @@ def test_help_names_the_job_and_its_arguments():
     assert all(word in text for word in ("CONFIG.toml", "key=value", "--dry-run"))
 
 
-def test_a_job_that_is_told_to_end_ends_as_by_control_c(folder):
+def test_a_job_that_is_told_to_end_ends_as_by_control_c(folder, capsys):
     def told(job: PreprocessJob) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ending:
         main(PreprocessJob, preprocess.run, told, ["job.toml", "--dry-run"])
+    assert ending.value.code == STOPPED
+    assert capsys.readouterr().err == "stopped: what is finished stays, and the same command goes on\n"
 
 
 def test_no_password_is_printed_or_kept(folder, monkeypatch, capsys):

@@ -6,11 +6,11 @@ import hashlib
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from pipelines.config import CropConfig, Size
 
@@ -31,13 +31,24 @@ DECODE_ERRORS = (
 SCALES = (8, 4, 2)  # by which a JPEG decoder can reduce an image on its way
 STRIP = 64  # rows that are copied at a time: a strip stays in the processor's cache
 SPARE = 3  # times the wanted size that a reduced image has at least; docs/decisions/0023 says how much that loses
-TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+UPRIGHT_BY = {  # what brings an image of each EXIF orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # those that swap height and width
 ORIENTATION_TAG = 0x0112
+SIXTEEN_BITS = ("I;16", "I;16B", "I;16L")
 UNREADABLE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)
 """A file that is not to be had. Any other error of a read is the storage's, and says nothing of the image."""
 
 
 Image.MAX_IMAGE_PIXELS = None  # the limit is filters.max_pixels, looked at before any pixel is decoded
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20  # pictures carry their making along; MAX_TEXT_MEMORY, 64 MiB, is of all
 
 
 def content_id(data: bytes) -> str:
@@ -60,7 +71,7 @@ def header_size(data: bytes) -> Size:
         if image.format == "TIFF":  # Pillow turns its size at opening
             return height, width
         # the base class's, because PNG's own decodes all pixels to look for a chunk behind them
-        transposed = Image.Image.getexif(image).get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS
+        transposed = _orientation(image, Image.Image.getexif) in TRANSPOSED_ORIENTATIONS
     return (width, height) if transposed else (height, width)
 
 
@@ -84,9 +95,10 @@ def decode_reduced(data: bytes, max_pixels: int, wanted: Size | None) -> tuple[I
         if scale > 1:
             image.draft(None, (image.width // scale, image.height // scale))
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much time as a resize
+        turn = UPRIGHT_BY.get(_orientation(image))
+        upright = image if turn is None else image.transpose(turn)
         profile = image.info.get("icc_profile")
-    return _to_rgb(image, profile), scale
+    return _to_rgb(upright, profile), scale
 
 
 def _decode_to_pixels(data: bytes, max_pixels: int, wanted: Size) -> tuple[np.ndarray, int]:
@@ -109,11 +121,22 @@ def _is_plain(image: Image.Image) -> bool:
     """Whether the decoder's pixels are the image: a JPEG of three colours, upright, in sRGB."""
     if image.format != "JPEG" or image.mode != "RGB" or "icc_profile" in image.info:
         return False
-    return image.getexif().get(ORIENTATION_TAG, 1) == 1
+    return _orientation(image) == 1
+
+
+def _orientation(image: Image.Image, exif: Callable[[Image.Image], Image.Exif] = lambda image: image.getexif()) -> int:
+    """How the image is stored, as EXIF counts it; 1, upright, where what it has of EXIF cannot be read.
+
+    That is common, and no fault of pixels.
+    """
+    try:
+        return exif(image).get(ORIENTATION_TAG, 1)
+    except (ValueError, SyntaxError, struct.error):
+        return 1
 
 
 def _scale(image: Image.Image, wanted: Size) -> int:
-    if image.getexif().get(ORIENTATION_TAG) in TRANSPOSED_ORIENTATIONS:
+    if _orientation(image) in TRANSPOSED_ORIENTATIONS:
         wanted = (wanted[1], wanted[0])
     sides = ((image.height, wanted[0]), (image.width, wanted[1]))
     fitting = (s for s in SCALES if all(side % s == 0 and side // s >= SPARE * needed for side, needed in sides))
@@ -121,20 +144,32 @@ def _scale(image: Image.Image, wanted: Size) -> int:
 
 
 def _to_rgb(upright: Image.Image, profile: bytes | None) -> Image.Image:
-    if upright.mode in ("I;16", "I;16B", "I;16L", "I"):
-        upright = upright.point(lambda value: value / 256).convert("L")  # 16 bits to 8; Pillow itself would clip
+    if upright.mode in SIXTEEN_BITS:
+        upright = _to_eight_bits(upright)
+    if upright.mode == "I":
+        upright = upright.point(lambda value: value / 256).convert("L")  # Pillow itself would clip
     if upright.mode == "F":
         raise ValueError("floating-point pixels, and nothing says which value is white")
     if upright.has_transparency_data:
         layer = upright.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    if profile and upright.mode in ("RGB", "CMYK", "L"):
-        return _to_srgb(upright, profile)
-    return upright if upright.mode == "RGB" else upright.convert("RGB")
+        colours = layer.convert("L" if upright.mode in ("L", "LA") else "RGB")
+        seen = _to_srgb(colours, profile)
+        return Image.composite(seen, Image.new("RGB", seen.size, "white"), layer.getchannel("A"))
+    return _to_srgb(upright.convert("RGB") if upright.mode == "P" else upright, profile)
 
 
-def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """16 bits of gray as their upper eight, and what they call transparent as white."""
+    gray = np.asarray(image)
+    upper = (gray >> 8).astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        upper[gray == transparent] = 255
+    return Image.fromarray(upper)
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    if not profile or image.mode not in ("RGB", "CMYK", "L"):
+        return image if image.mode == "RGB" else image.convert("RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")

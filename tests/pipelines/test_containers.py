@@ -99,6 +99,13 @@ def test_members_of_a_sample_need_not_lie_side_by_side(tmp_path):
     assert listed(source(tmp_path)) == [("a.tar/1.jpg", "one", one), ("a.tar/2.jpg", "two", two)]
 
 
+def test_a_mark_of_the_coding_is_no_part_of_a_tars_texts(tmp_path):
+    (one,) = contents(1)
+    told = b'\xef\xbb\xbf{"caption": "a cat"}'
+    write_tar(tmp_path / "a.tar", [("1.jpg", one), ("1.json", told), ("2.jpg", one), ("2.txt", b"\xef\xbb\xbfa dog")])
+    assert listed(source(tmp_path)) == [("a.tar/1.jpg", "a cat", one), ("a.tar/2.jpg", "a dog", one)]
+
+
 def test_of_several_images_in_a_sample_one_has_to_be_named(tmp_path):
     one, two = contents(2)
     write_tar(tmp_path / "a.tar", [("1.seg.png", one), ("1.jpg", two), ("1.txt", b"one")])

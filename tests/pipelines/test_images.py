@@ -54,15 +54,16 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(image)
 
 
-def png(width: int, height: int, bits: int = 8, data: bytes = b"") -> bytes:
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, bits: int = 8, data: bytes = b"", colours: int = 2, before: bytes = b"") -> bytes:
     """A PNG whose header claims these sides and bits of each of red, green and blue, and whose pixels are `data`."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
     rows = chunk(b"IDAT", zlib.compress(data))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + rows + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + rows + chunk(b"IEND", b"")
 
 
 def scene(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -119,6 +120,20 @@ def test_sixteen_bits_become_eight_by_their_upper_byte(kind):
     assert pixels(encoded(image, kind))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
+def test_sixteen_bits_become_eight_in_either_order_of_bytes():
+    values = np.array([[0, 255, 256, 32_768, 65_535]], ">u2")
+    image = Image.fromarray(values)
+    assert image.mode == "I;16B"
+    assert pixels(encoded(image, "TIFF"))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(("transparent", "expected"), [(3, [255, 3, 2]), (770, [0, 255, 2]), (513, [0, 3, 255])])
+def test_of_sixteen_bits_only_the_very_value_is_transparent(transparent, expected):
+    rows = b"\0" + struct.pack(">3H", 3, 770, 513)
+    data = png(3, 1, 16, rows, colours=0, before=chunk(b"tRNS", struct.pack(">H", transparent)))
+    assert pixels(data)[0, :, 0].tolist() == expected
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_one_bit_becomes_black_and_white(kind):
     image = Image.fromarray(np.array([[False, True]]))
@@ -172,6 +187,54 @@ def test_a_profile_is_converted_to_srgb():
         for profile, expected in ((same, [200, 0, 0]), (swapped, [0, 0, 200])):
             found = pixels(encoded(red, kind, icc_profile=profile)).astype(int)
             assert np.abs(found - expected).max() <= error, kind
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "P with transparency"])
+def test_a_profile_counts_under_transparency_and_in_palettes_too(mode):
+    same = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = same.replace(b"rXYZ", b"----").replace(b"bXYZ", b"rXYZ").replace(b"----", b"bXYZ")  # its red is blue
+    if mode == "RGBA":
+        image, options = Image.fromarray(np.array([[[200, 0, 0, 255], [200, 0, 0, 0]]], np.uint8)), {}
+    else:
+        image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+        image.putpalette([200, 0, 0, 255, 255, 255])
+        options = {"transparency": 1} if "with" in mode else {}
+    found = pixels(encoded(image, "PNG", icc_profile=swapped, **options)).astype(int)
+    assert np.abs(found - [[[0, 0, 200], [255, 255, 255]]]).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PNG behind", "PNG as text", "WEBP", "JPEG"])
+def test_exif_that_cannot_be_read_is_none_and_the_image_kept(kind):
+    upright, broken = noise(12, 20), b"garbage, and no TIFF header"
+    data = encoded(Image.fromarray(upright), kind.split()[0], **LOSSLESS.get(kind, {}))
+    if kind == "PNG as text":
+        words = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n  20\nno hex\n"))
+        data = data[:33] + words + data[33:]
+    elif kind.startswith("PNG"):
+        place = 33 if kind == "PNG" else len(data) - 12
+        data = data[:place] + chunk(b"eXIf", broken) + data[place:]
+    elif kind == "WEBP":
+        data = encoded(Image.fromarray(upright), kind, exif=broken, lossless=True)
+    else:
+        data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(broken) + 8) + b"Exif\0\0" + broken + data[2:]
+    assert header_size(data) == (12, 20)
+    found = decode(data, MAX_PIXELS)
+    assert found.size == (20, 12)
+    assert kind == "JPEG" or np.array_equal(np.asarray(found), upright)
+    assert read_crop(data, (12, 20), CropConfig(), "x", MAX_PIXELS)[0].shape == (12, 20, 3)
+
+
+@pytest.mark.parametrize(("megabytes", "kept"), [(5, True), (17, False)])
+def test_a_long_text_costs_no_image_and_one_that_swells_is_an_error(megabytes, kept):
+    words = chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(megabytes * 2**20)))
+    for place in (33, -12):  # before the pixels and behind them
+        plain = encoded(Image.fromarray(noise(12, 20)))
+        data = plain[:place] + words + plain[place:]
+        if kept:
+            assert np.array_equal(pixels(data), pixels(plain))
+        else:
+            with pytest.raises(DECODE_ERRORS, match="too large"):
+                decode(data, MAX_PIXELS)
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])

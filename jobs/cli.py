@@ -23,6 +23,7 @@ from jobs.remedies import remedy
 from jobs.watch import watch
 from pipelines.config import HIDDEN, without_secrets
 from pipelines.lease import InUseError, Lease, lease
+from pipelines.runs import give_memory_back
 from pipelines.storage import Storage
 from pipelines.version import started_module
 
@@ -95,6 +96,7 @@ def main(
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # a log holds no colours
     signal.signal(signal.SIGTERM, _interrupt)
+    give_memory_back()
     try:
         if arguments.dry_run:
             plan(job)

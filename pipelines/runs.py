@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
@@ -28,6 +29,7 @@ CODE = "code"  # column of the rows that come back
 SHARES = 16  # a run and a part take so much of the memory that is allowed: several are held, and copied, at a time
 SAMPLED = 256  # one of so many codes says where parts may end
 CODE_BYTES = 8
+SAMPLES = 64  # of each run, by which texts are cut into parts
 KEY_BITS = np.uint64(44)  # of a code, for the beginning of a key within a group; the rest is the group's number
 
 
@@ -76,6 +78,12 @@ class Work:
                 message = f"{error.strerror}; rows on their way fill driver.folder"
                 raise OSError(error.errno, message, self.folder) from error
             raise
+
+
+def give_memory_back() -> None:
+    """Let Arrow take its memory in this process from the system's allocator, to which all that is freed goes back at
+    once: Arrow's own keeps more of it the longer a process runs."""
+    pa.set_memory_pool(pa.system_memory_pool())
 
 
 def _folder_on_disk() -> str:
@@ -187,6 +195,45 @@ class InOrder:
             self._over = True
             return self._held.slice(0, 0)
         return part.take(pc.sort_indices(part, sort_keys=[(CODE, "ascending")])).combine_chunks()
+
+
+def in_order_of(column: str, tables: Iterable[pa.Table], work: Work) -> Iterator[pa.Table]:
+    """The rows of tables in the order of a column of texts, byte by byte, a part at a time."""
+    runs = [work.keep(_sorted(some, column)) for some in _pieces(tables, work.piece_bytes)]
+    texts = [run.column(column).chunk(0) for run in runs]
+    steps = (range(0, len(some), -(-len(some) // SAMPLES)) for some in texts)
+    samples = sorted(some[place].as_py() for some, step in zip(texts, steps, strict=True) for place in step)
+    count = -(-sum(run.nbytes for run in runs) // work.piece_bytes)
+    begun = [0] * len(runs)
+    for end in [*sorted({samples[len(samples) * part // count] for part in range(1, count)}), None]:
+        stops = [
+            len(some) if end is None else bisect_left(range(len(some)), end, key=lambda place: some[place].as_py())
+            for some in texts
+        ]
+        slices = [run.slice(start, stop - start) for run, start, stop in zip(runs, begun, stops, strict=True)]
+        begun = stops
+        if any(some.num_rows for some in slices):
+            yield _sorted(slices, column)
+
+
+def _pieces(tables: Iterable[pa.Table], size: int) -> Iterator[list[pa.Table]]:
+    """Tables that together have so many bytes, or few more."""
+    held: list[pa.Table] = []
+    held_bytes = 0
+    for table in tables:
+        if table.num_rows:
+            held.append(table)
+            held_bytes += table.nbytes
+        if held_bytes >= size:
+            yield held
+            held, held_bytes = [], 0
+    if held:
+        yield held
+
+
+def _sorted(tables: Sequence[pa.Table], column: str) -> pa.Table:
+    rows = pa.concat_tables(tables).combine_chunks()
+    return rows.take(pc.sort_indices(rows, sort_keys=[(column, "ascending")])).combine_chunks()
 
 
 def codes_of(texts: pa.ChunkedArray | pa.Array) -> np.ndarray:

@@ -31,7 +31,7 @@ from pipelines.captions import TEXTS, WEIGHTS, left
 from pipelines.storage import Storage
 
 JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-ROWS_AT_A_TIME = 65_536  # that are in memory as Python values
+ROWS_AT_A_TIME = 16_384  # that are in memory as Python values
 SCHEMA_VERSION = 4  # raised when a column changes its meaning; part of every fingerprint
 MANIFEST = "manifest.json"
 COMPUTED = "computed_scores"  # fact of an index: the folder of the scores that its verdicts were made with

@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +32,7 @@ from pipelines.walk import files_below
 
 READ_AHEAD = 2**20  # bytes of a stream
 TABLE_READERS, TABLES_AHEAD = 16, 64  # tables that are read at a time, and before they are asked for
+AHEAD_BYTES = 16 * 2**20  # of these in memory
 FILES_AT_A_TIME = 65_536  # of a listing, as Python values
 LISTED = pa.schema([("name", pa.string()), ("size", pa.int64()), ("modified_us", pa.int64())])
 PART_BYTES = 16 * 2**20  # of an upload whose size is not known; ten are in memory at most
@@ -336,11 +338,20 @@ class Storage:
             yield pq.ParquetFile(file)
 
     def read_tables(self, names: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """As `read_table`, of each of `names` in their order, several read at a time and few ahead."""
+        """As `read_table`, of each of `names` in their order, several read at a time: as many ahead as take AHEAD_BYTES
+        where all are as large as the last one, and TABLES_AHEAD at most."""
+        ahead = 0  # of the first nothing is known
         with ThreadPoolExecutor(TABLE_READERS) as pool:
-            for start in range(0, len(names), TABLES_AHEAD):
-                group = names[start : start + TABLES_AHEAD]
-                yield from pool.map(lambda name: self.read_table(name, columns), group)
+            waiting: deque[Future[pa.Table]] = deque()
+            for name in names:
+                waiting.append(pool.submit(self.read_table, name, columns))
+                while len(waiting) > ahead:
+                    table = waiting.popleft().result()
+                    ahead = min(TABLES_AHEAD, AHEAD_BYTES // max(1, table.nbytes))
+                    yield table
+                    del table  # not held while the next one is waited for
+            while waiting:
+                yield waiting.popleft().result()
 
     def write_table(self, name: str, table: pa.Table, **parquet: Any) -> int:
         """Write `table` as the Parquet file `name`, in one row group or of `row_group_size`; returns its size in

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.schema import COMPUTED, INDEX_ONLY, INDEX_SCHEMA, Column, Manifest, data_files, kept, with_latents_key
+from pipelines.preprocess.config import FilterConfig
+from pipelines.preprocess.filter import _rejected, near_detail, sides
+from pipelines.preprocess.near import leaders
+from pipelines.schema import (
+    COMPUTED,
+    INDEX_ONLY,
+    INDEX_SCHEMA,
+    Column,
+    Manifest,
+    Reject,
+    data_files,
+    kept,
+    with_latents_key,
+)
 from pipelines.storage import Storage
 
 
@@ -32,3 +46,27 @@ def _with_computed(rows: pa.Table, index: Storage, folder: str) -> pa.Table:
     place = rows.schema.get_field_index(Column.AESTHETIC_SCORE)
     rows = rows.set_column(place, INDEX_SCHEMA.field(Column.AESTHETIC_SCORE), aesthetic)
     return rows.append_column(Column.CLIP_SIMILARITY, computed.column(Column.CLIP_SIMILARITY))
+
+
+def mark_near_duplicates(rows: pa.Table, config: FilterConfig) -> pa.Table:
+    """The verdict on images that look alike, over all rows of an index that nothing else rejects.
+
+    The one with the largest area is kept, of equals the smallest (source, path); preprocess/near.py says what follows
+    for others.
+    """
+    if config.near_duplicate_bits is None:
+        return rows
+    judged = pc.and_(pc.is_null(rows.column(Column.REJECT_REASON)), pc.is_valid(rows.column(Column.PERCEPTUAL_HASH)))
+    places = np.flatnonzero(judged.to_numpy())
+    found = rows.select([Column.SOURCE, Column.PATH, Column.KEY, Column.PERCEPTUAL_HASH]).take(places)
+    height, width = (pc.cast(side, pa.int64()).take(places) for side in sides(rows))
+    found = found.append_column("area", pc.multiply(height, width))
+    wishes = [("area", "descending"), *((name, "ascending") for name in (Column.SOURCE, Column.PATH, Column.KEY))]
+    order = pc.sort_indices(found, sort_keys=wishes).to_numpy()
+    places, hashes = places[order], found.column(Column.PERCEPTUAL_HASH).to_numpy()[order]
+    leader = leaders(hashes, config.near_duplicate_bits)
+    near = np.flatnonzero(leader != np.arange(len(leader)))
+    near = near[np.argsort(places[near])]  # as the rows are
+    differing = np.bitwise_count(hashes[near] ^ hashes[leader[near]])
+    detail = near_detail(pa.chunked_array([differing]), rows.take(places[near]), rows.take(places[leader[near]]))
+    return _rejected(rows, places[near], Reject.NEAR_DUPLICATE, detail)

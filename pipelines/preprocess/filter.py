@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from pipelines.captions import in_lists, out_of_lists
 from pipelines.preprocess.config import FilterConfig, ScoreLimits
-from pipelines.preprocess.near import HASH_BITS, leaders
+from pipelines.preprocess.near import HASH_BITS
 from pipelines.schema import INDEX_SCHEMA, ROWS_AT_A_TIME, Column, Reject
 
 # reasons that measuring gives; the rest are decided here
@@ -29,7 +29,7 @@ Filter = Callable[[pa.Table, FilterConfig], Verdict]
 
 def judge(index: pa.Table, config: FilterConfig) -> pa.Table:
     """Index rows with the verdict on each and on its captions, whatever was decided before, as far as it follows from
-    the row alone. Whether it is the duplicate of another is for `mark_duplicates` and `mark_near_duplicates` to say."""
+    the row alone. Whether it is the duplicate of another is for `mark_duplicates` and alike.py to say."""
     reasons, details = index.column(Column.REJECT_REASON), index.column(Column.REJECT_DETAIL)
     measured = pc.is_in(reasons, value_set=pa.array(MEASURED, pa.string()))
     cleared = _with_verdicts(index, _where(measured, reasons), _where(measured, details))
@@ -93,15 +93,15 @@ def caption_counts(index: pa.Table) -> dict[str, int]:
 
 def shortest_side(index: pa.Table, config: FilterConfig) -> Verdict:
     """An image with too short a side."""
-    side = pc.min_element_wise(*_sides(index), skip_nulls=False)
+    side = pc.min_element_wise(*sides(index), skip_nulls=False)
     detail = _text(side, f" pixels, and filters.min_side is {config.min_side}")
     return Reject.TOO_SMALL, pc.less(side, config.min_side), detail
 
 
 def aspect(index: pa.Table, config: FilterConfig) -> Verdict:
     """An image too long for its width."""
-    sides = [pc.cast(side, pa.float64()) for side in _sides(index)]
-    ratio = pc.divide(pc.max_element_wise(*sides, skip_nulls=False), pc.min_element_wise(*sides, skip_nulls=False))
+    both = [pc.cast(side, pa.float64()) for side in sides(index)]
+    ratio = pc.divide(pc.max_element_wise(*both, skip_nulls=False), pc.min_element_wise(*both, skip_nulls=False))
     detail = _text(pc.round(ratio, 2), f", and filters.max_aspect is {config.max_aspect}")
     return Reject.EXTREME_ASPECT, pc.greater(ratio, config.max_aspect), detail
 
@@ -196,34 +196,11 @@ def mark_duplicates(rows: pa.Table) -> pa.Table:
     origin = np.arange(rows.num_rows)  # of each row, the row that is kept for it
     origin[places[order]] = places[order][np.flatnonzero(first)[np.cumsum(first) - 1]]
     duplicates = np.flatnonzero(origin != np.arange(rows.num_rows))
-    detail = _text(SAME_BYTES, _names(rows, duplicates, origin[duplicates]))
+    named = rows.select([Column.SOURCE, Column.PATH])
+    detail = _text(SAME_BYTES, _names(named.take(pa.array(duplicates)), named.take(pa.array(origin[duplicates]))))
     standing = pa.array(~judged)
     cleared = _with_verdicts(rows, _where(standing, reasons), _where(standing, details))
     return _rejected(cleared, duplicates, Reject.DUPLICATE, detail)
-
-
-def mark_near_duplicates(rows: pa.Table, config: FilterConfig) -> pa.Table:
-    """The verdict on images that look alike, over all rows of an index that nothing else rejects.
-
-    The one with the largest area is kept, of equals the smallest (source, path); preprocess/near.py says what follows
-    for others.
-    """
-    if config.near_duplicate_bits is None:
-        return rows
-    judged = pc.and_(pc.is_null(rows.column(Column.REJECT_REASON)), pc.is_valid(rows.column(Column.PERCEPTUAL_HASH)))
-    places = np.flatnonzero(judged.to_numpy())
-    found = rows.select([Column.SOURCE, Column.PATH, Column.KEY, Column.PERCEPTUAL_HASH]).take(places)
-    height, width = (pc.cast(side, pa.int64()).take(places) for side in _sides(rows))
-    found = found.append_column("area", pc.multiply(height, width))
-    wishes = [("area", "descending"), *((name, "ascending") for name in (Column.SOURCE, Column.PATH, Column.KEY))]
-    order = pc.sort_indices(found, sort_keys=wishes).to_numpy()
-    places, hashes = places[order], found.column(Column.PERCEPTUAL_HASH).to_numpy()[order]
-    leader = leaders(hashes, config.near_duplicate_bits)
-    near = np.flatnonzero(leader != np.arange(len(leader)))
-    near = near[np.argsort(places[near])]  # as the rows are
-    differing = np.bitwise_count(hashes[near] ^ hashes[leader[near]])
-    detail = _text(pa.chunked_array([differing]), NEAR, _names(rows, places[near], places[leader[near]]))
-    return _rejected(rows, places[near], Reject.NEAR_DUPLICATE, detail)
 
 
 def _rejected(rows: pa.Table, which: np.ndarray, reason: Reject, detail: pa.ChunkedArray) -> pa.Table:
@@ -235,13 +212,15 @@ def _rejected(rows: pa.Table, which: np.ndarray, reason: Reject, detail: pa.Chun
     return _with_verdicts(rows, reasons, pc.if_else(hit, detail.take(number), rows.column(Column.REJECT_DETAIL)))
 
 
-def _names(rows: pa.Table, which: np.ndarray, origin: np.ndarray) -> pa.ChunkedArray:
-    """For each of the rows `which` the path of a row of `origin`, with its source before it where that is another."""
-    taken = rows.select([Column.SOURCE, Column.PATH]).take(pa.array(origin))
-    source, path = taken.column(Column.SOURCE), taken.column(Column.PATH)
-    return pc.if_else(
-        pc.equal(source, rows.column(Column.SOURCE).take(pa.array(which))), path, _text(source, ":", path)
-    )
+def near_detail(bits: pa.ChunkedArray, rows: pa.Table, kept: pa.Table) -> pa.ChunkedArray:
+    """The details of rows whose hashes are so many bits from those of the `kept` ones beside them."""
+    return _text(bits, NEAR, _names(rows, kept))
+
+
+def _names(rows: pa.Table, kept: pa.Table) -> pa.ChunkedArray:
+    """For each of the rows the path of the one that is kept for it, with its source before it where that is another."""
+    source, path = kept.column(Column.SOURCE), kept.column(Column.PATH)
+    return pc.if_else(pc.equal(source, rows.column(Column.SOURCE)), path, _text(source, ":", path))
 
 
 def kept_instead(detail: str) -> str:
@@ -264,8 +243,8 @@ def _column(values: np.ndarray) -> pa.ChunkedArray:
     return pa.chunked_array([values])
 
 
-def _sides(index: pa.Table) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """Heights and widths in pixels; null where they are not known."""
+def sides(index: pa.Table) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Heights and widths of originals in pixels; null where they are not known."""
     size = index.column(Column.ORIGINAL_SIZE)
     return pc.list_element(size, 0), pc.list_element(size, 1)
 

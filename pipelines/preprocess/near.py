@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -46,12 +48,30 @@ def leaders(hashes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def near_pairs(hashes: np.ndarray, bits: int) -> np.ndarray:
-    """The pairs of places [P, 2], smaller first, in ascending order, of distinct hashes, uint64 [N], within `bits`.
+    """The pairs of places [P, 2], smaller first, in ascending order, of distinct hashes, uint64 [N], within `bits`."""
+    count, found = len(hashes), [np.empty(0, np.int64)]
+    for choice in choices(count, bits):
+        for one, other in near_of(hashes & choice.mask, hashes, choice, bits):
+            found.append(np.minimum(one, other) * count + np.maximum(one, other))
+    return np.stack(np.divmod(np.sort(np.concatenate(found)), max(1, count)), axis=1)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Some of the bands that a hash is cut into."""
+
+    mask: np.uint64
+    """The bits of them."""
+    before: tuple[np.uint64, ...]
+    """The bits of each band that comes before the last of them and is none of them."""
+
+
+def choices(count: int, bits: int) -> list[Choice]:
+    """What to look for, among so many hashes: those within `bits` of each other agree in one of these choices.
 
     Of bits + k bands, at most `bits` differ between such hashes and k at least agree. So for each choice of k bands the
     hashes are sorted by them, and those that agree are compared. k is chosen for the least work.
     """
-    count = len(hashes)
 
     def work(k: int) -> float:
         candidates = count**2 / 2 ** (HASH_BITS * k / (bits + k) + 1)
@@ -59,20 +79,29 @@ def near_pairs(hashes: np.ndarray, bits: int) -> np.ndarray:
 
     k = min(range(1, 5), key=work)
     edges = [round(HASH_BITS * band / (bits + k)) for band in range(bits + k + 1)]
-    bands = [(1 << end) - (1 << start) for start, end in pairwise(edges)]
-    found = [np.empty(0, np.int64)]
-    for chosen in combinations(bands, k):
-        keys = hashes & np.uint64(sum(chosen))
-        order = np.argsort(keys)
-        keys, sorted_hashes = keys[order], hashes[order]
-        places = np.arange(count - 1)
-        step = 0
-        while len(places):  # each hash against the one `step` behind it, for as long as their keys agree
-            step += 1
-            places = places[places + step < count]
-            places = places[keys[places] == keys[places + step]]
-            near = np.bitwise_count(sorted_hashes[places] ^ sorted_hashes[places + step]) <= bits
-            one, other = order[places[near]], order[places[near] + step]
-            found.append(np.minimum(one, other) * count + np.maximum(one, other))
-        found = [np.unique(np.concatenate(found))]  # a pair may agree in more than k bands
-    return np.stack(np.divmod(found[0], max(1, count)), axis=1)
+    bands = [np.uint64((1 << end) - (1 << start)) for start, end in pairwise(edges)]
+    return [
+        Choice(
+            np.bitwise_or.reduce([bands[number] for number in chosen]),
+            tuple(bands[number] for number in range(chosen[-1]) if number not in chosen),
+        )
+        for chosen in combinations(range(bits + k), k)
+    ]
+
+
+def near_of(keys: np.ndarray, hashes: np.ndarray, choice: Choice, bits: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The places, some pairs [P], [P] at a time, of those of the hashes within `bits` whose keys, their bits of the
+    choice, are equal. A pair that agrees in several choices is given by the first of them alone."""
+    order = np.argsort(keys)
+    keys, hashes = keys[order], hashes[order]
+    places = np.arange(len(keys) - 1)
+    step = 0
+    while len(places):  # each hash against the one `step` behind it, for as long as their keys agree
+        step += 1
+        places = places[places + step < len(keys)]
+        places = places[keys[places] == keys[places + step]]
+        apart = hashes[places] ^ hashes[places + step]
+        near = np.bitwise_count(apart) <= bits
+        for band in choice.before:
+            near &= (apart & band) != 0
+        yield order[places[near]], order[places[near] + step]

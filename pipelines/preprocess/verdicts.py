@@ -8,7 +8,7 @@ than they should, and the rejected duplicates.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.preprocess.alert import Change
+from pipelines.preprocess.alike import ASKED, near_duplicates
 from pipelines.preprocess.config import FilterConfig
-from pipelines.preprocess.filter import caption_counts, judge, mark_duplicates, mark_near_duplicates
+from pipelines.preprocess.filter import caption_counts, judge, mark_duplicates
 from pipelines.preprocess.stored import AMENDED, NUMBER, PLACE, Stored, first_ones
 from pipelines.preprocess.stored import Change as ChangeRows
 from pipelines.runs import CODE, InOrder, Runs, codes_of, parts
@@ -159,9 +160,22 @@ def decide_all(have: Stored, filters: FilterConfig, scores: Scores | None, commi
             rows = rows.append_column(name, pa.array(values))
         rows = rows.filter(pc.and_(passed, pa.array(~other))).select([*columns, *(column.name for column in OPEN)])
         open_rows.add(codes_of(rows.column(Column.ID)), rows)
-    for rows in _whole(open_rows) if by_looks else (part for (part,) in parts(open_rows)):
-        _settle(verdicts, rows, filters)
+    alike = []
+    if filters.near_duplicate_bits is not None:
+        alike = [near_duplicates(_unlike(open_rows), filters.near_duplicate_bits, work)]
+    for rows, *near in parts(open_rows, *alike):
+        _settle(verdicts, rows, near)
     return verdicts
+
+
+def _unlike(open_rows: Runs) -> Iterator[pa.Table]:
+    """The rows that are compared by looks: each key and content once."""
+    for (part,) in parts(open_rows):
+        rows = mark_duplicates(part.filter(part.column(FIRST)))
+        compared = pc.and_(
+            pc.is_null(rows.column(Column.REJECT_REASON)), pc.is_valid(rows.column(Column.PERCEPTUAL_HASH))
+        )
+        yield rows.filter(compared).select([NUMBER, *ASKED])
 
 
 def _outcomes(rows: pa.Table) -> np.ndarray:
@@ -174,10 +188,13 @@ def _outcomes(rows: pa.Table) -> np.ndarray:
     return np.array(numbers, np.uint64)[coded.indices.to_numpy()] if numbers else np.empty(0, np.uint64)
 
 
-def _settle(verdicts: Verdicts, rows: pa.Table, filters: FilterConfig) -> None:
-    """Decide of rows that nothing else rejects, all of a content among them, which are kept."""
+def _settle(verdicts: Verdicts, rows: pa.Table, near: Sequence[pa.Table]) -> None:
+    """Decide of rows that nothing else rejects, all of a content among them, which are kept. `near` are the verdicts on
+    those of them that look like others."""
     firsts = rows.filter(rows.column(FIRST))
-    judged = mark_near_duplicates(mark_duplicates(firsts), filters)
+    judged = mark_duplicates(firsts)
+    for some in near:
+        judged = _overlaid(judged, some, pc.index_in(judged.column(NUMBER), some.column(NUMBER)))
     verdicts.tally(judged, judged.column(FRESH).to_numpy())
     if not rows.num_rows:
         return
@@ -190,11 +207,6 @@ def _settle(verdicts: Verdicts, rows: pa.Table, filters: FilterConfig) -> None:
     verdicts.differing[np.searchsorted(verdicts.have.starts, places[other], "right") - 1] = True
     rejected = rows.filter(pc.is_valid(rows.column(Column.REJECT_REASON)))
     verdicts.duplicates.add(rejected.column(PLACE).to_numpy().astype(np.uint64), rejected.select(list(WAS)))
-
-
-def _whole(runs: Runs) -> Iterator[pa.Table]:
-    """All rows at once: looks have no order in which those that are alike would lie together."""
-    yield pa.concat_tables(part for (part,) in parts(runs)).combine_chunks()
 
 
 def _known(have: Stored, committed: Set[str]) -> np.ndarray:

@@ -185,8 +185,10 @@ def driver(rows: int, folder: Path) -> list[dict[str, Any]]:
     from pipelines.lease import lease
     from pipelines.preprocess import pipeline
     from pipelines.preprocess.config import FilterConfig
+    from pipelines.runs import give_memory_back
     from pipelines.storage import Storage
 
+    give_memory_back()  # as every job does
     index, told, step = Storage(str(folder / "index")), setting(folder), Steps()
 
     def build(**filters: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 from pipelines import runs as module
 from pipelines.config import DriverConfig
-from pipelines.runs import CODE, InOrder, Runs, Work, codes_of, parts
+from pipelines.runs import CODE, InOrder, Runs, Work, codes_of, in_order_of, parts
 
 SCHEMA = pa.schema([pa.field("text", pa.string()), pa.field("number", pa.int64())])
 
@@ -73,6 +73,20 @@ def test_who_goes_along_gets_each_row_once_and_in_order(work, seed):
         assert len(given) == sum(row[0] < code for row in rows)
     assert [row[0] for row in given] == sorted(row[0] for row in given)
     assert sorted(given) == sorted(rows)[: len(given)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_come_in_the_order_of_their_texts_a_few_at_a_time(work, seed):
+    draws, count = random.Random(seed), seed * 40
+    drawn = [draws.choice(["same", "sam", "é", f"same {draws.random()}"]) for _ in range(count)]
+    rows = pa.table([drawn, range(count)], schema=SCHEMA)
+    found = list(in_order_of("text", [rows.slice(start, 5) for start in range(0, count, 5)], work))
+    together = pa.concat_tables([SCHEMA.empty_table(), *found])
+    assert together.column("text").to_pylist() == sorted(drawn, key=str.encode)
+    assert sorted(together.to_pylist(), key=str) == sorted(rows.to_pylist(), key=str)
+    assert len(found) > 3 or count < 80
+    texts = [set(part.column("text").to_pylist()) for part in found]
+    assert all(one.isdisjoint(other) for one, other in pairwise(texts))
 
 
 def test_what_is_skipped_is_not_given(work):

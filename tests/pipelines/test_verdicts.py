@@ -27,7 +27,6 @@ from pipelines.preprocess.filter import (
     caption_counts,
     judge,
     mark_duplicates,
-    mark_near_duplicates,
 )
 from pipelines.preprocess.measure import measure
 from pipelines.preprocess.pipeline import Outcome, _commit_latents, build_index
@@ -39,7 +38,7 @@ from pipelines.preprocess.write import cut, write_rows, write_units
 from pipelines.runs import Work
 from pipelines.schema import INDEX_SCHEMA, SCHEMA_VERSION, Column, Reject, data_files
 from pipelines.storage import Storage, StorageOptions
-from tests.reference import kept_rows
+from tests.reference import kept_rows, mark_near_duplicates
 
 BUCKETS = BucketConfig(resolution=64, multiple=8)
 

@@ -18,6 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {  # by module, what takes the place of its n
     "test_checkpoint_stall": {"WIDTH": 32, "BATCH": 2, "STEPS": 1, "ROUNDS": 1},
     "test_crops": {"ROWS": 500, "MIXES": (500,)},
     "test_decode": {"ROUNDS": 1, "IMAGES": 2, "SHRINK": 4},
+    "test_gpu_training": {},
     "test_latent_store": {"ROWS": 8, "FILE_ROWS": 4, "BATCH": 2, "ROUNDS": 1},
     "test_loaders": {"FILES": 2, "FILE_ROWS": 8, "BATCH": 2, "ROUNDS": 1},
     "test_networks": {

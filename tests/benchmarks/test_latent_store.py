@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.captions import in_lists
+from pipelines.config import Size
 from pipelines.latents import OF_CAPTIONS
 from pipelines.preprocess.pipeline import LATENTS_COMPRESSION
 from pipelines.preprocess.write import write_rows
@@ -23,6 +24,7 @@ from pipelines.storage import Storage
 from pipelines.train.batches import LatentReader
 
 ROWS, FILE_ROWS, BATCH, ROUNDS = 256, 64, 16, 5
+Shapes = Mapping[Column, tuple[int, ...]]
 SHAPES = {
     Column.LATENT_MEAN: (4, 128, 128),
     Column.LATENT_STD: (4, 128, 128),
@@ -31,14 +33,14 @@ SHAPES = {
 }
 
 
-def tensors_of(number: int, rows: int) -> dict[Column, np.ndarray]:
+def tensors_of(number: int, rows: int, shapes: Shapes = SHAPES) -> dict[Column, np.ndarray]:
     draws = np.random.Generator(np.random.PCG64(number))
-    return {name: draws.standard_normal((rows, *shape), np.float32) for name, shape in SHAPES.items()}
+    return {name: draws.standard_normal((rows, *shape), np.float32) for name, shape in shapes.items()}
 
 
-def table(number: int, rows: int) -> pa.Table:
+def table(number: int, rows: int, shapes: Shapes = SHAPES, bucket: Size = (1024, 1024)) -> pa.Table:
     """The `number`-th file of `rows` latents."""
-    pairs = [[1024, 1024]] * rows
+    pairs = [list(bucket)] * rows
     values = {
         Column.KEY: [f"{number}-{row}" for row in range(rows)],
         Column.ID: [f"{number}-{row}" for row in range(rows)],
@@ -51,8 +53,8 @@ def table(number: int, rows: int) -> pa.Table:
         Column.FLIP: [False] * rows,
         Column.AESTHETIC_SCORE: [5.0] * rows,
     }
-    tensors = tensors_of(number, rows)
-    schema = latents_schema(SHAPES[Column.LATENT_MEAN], SHAPES[Column.CONTEXT], SHAPES[Column.POOLED])
+    tensors = tensors_of(number, rows, shapes)
+    schema = latents_schema(shapes[Column.LATENT_MEAN], shapes[Column.CONTEXT], shapes[Column.POOLED])
     places = np.arange(rows)
     columns = {name: tensor_column(array) for name, array in tensors.items()}
     for name in columns.keys() & OF_CAPTIONS:

@@ -23,6 +23,8 @@ class NoiseLevels:
     """What the network is told at each of n steps; between two timesteps of the schedule where a sigma lies there."""
     sigmas: tuple[float, ...]
     """Where each step starts, and where the last one ends: n + 1. The end is 0, or a level for others to go on from."""
+    spacing: Spacing | None = None
+    """How the run that they are, or are a part of, was spaced; None for levels that were picked by hand."""
 
     def __post_init__(self) -> None:
         if len(self.sigmas) != len(self.timesteps) + 1:
@@ -35,8 +37,8 @@ class NoiseLevels:
         """The steps at timesteps >= cutoff, which end where the others start, and those others."""
         high = sum(timestep >= cutoff for timestep in self.timesteps)
         return (
-            NoiseLevels(self.timesteps[:high], self.sigmas[: high + 1]),
-            NoiseLevels(self.timesteps[high:], self.sigmas[high:]),
+            replace(self, timesteps=self.timesteps[:high], sigmas=self.sigmas[: high + 1]),
+            replace(self, timesteps=self.timesteps[high:], sigmas=self.sigmas[high:]),
         )
 
     def tail(self, strength: float) -> NoiseLevels:
@@ -48,7 +50,7 @@ class NoiseLevels:
         kept = min(int(steps * strength), steps)
         if kept < 1:
             raise ValueError(f"strength {strength} of {steps} steps leaves none")
-        return NoiseLevels(self.timesteps[steps - kept :], self.sigmas[steps - kept :])
+        return replace(self, timesteps=self.timesteps[steps - kept :], sigmas=self.sigmas[steps - kept :])
 
 
 def noise_levels(
@@ -75,12 +77,15 @@ def noise_levels(
     if spacing == Spacing.KARRAS:
         first, last = float(diffusion.sigmas[end - 1]), float(diffusion.sigmas[0])
         levels = levels_of(karras_sigmas(steps, first, last, rho), diffusion)
-        return replace(levels, timesteps=tuple(map(round, levels.timesteps))) if published_dpmpp else levels
-    if spacing == Spacing.TRAILING:
-        return levels_at(timesteps_trailing(steps, end), diffusion)
-    if published_dpmpp and steps < end:
-        return levels_at(timesteps_leading(steps + 1, end)[:-1], diffusion)
-    return levels_at(timesteps_leading(steps, end), diffusion)
+        if published_dpmpp:
+            levels = replace(levels, timesteps=tuple(map(round, levels.timesteps)))
+    elif spacing == Spacing.TRAILING:
+        levels = levels_at(timesteps_trailing(steps, end), diffusion)
+    elif published_dpmpp and steps < end:
+        levels = levels_at(timesteps_leading(steps + 1, end)[:-1], diffusion)
+    else:
+        levels = levels_at(timesteps_leading(steps, end), diffusion)
+    return replace(levels, spacing=Spacing(spacing))
 
 
 def levels_at(timesteps: Sequence[int], diffusion: Diffusion) -> NoiseLevels:

@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from model.config import PredictionType, SamplerName
+from model.config import PredictionType, SamplerName, Spacing
 from model.diffusion import LEAST_ALPHA_CUMPROD, Diffusion, generator
 from model.noise_levels import NoiseLevels
 from model.unet import UNet
@@ -230,13 +230,22 @@ def predicted_x0(x: Tensor, prediction: Tensor, sigma: float, prediction_type: P
     return signal * noisy_latents - (1.0 - signal**2) ** 0.5 * prediction
 
 
-def initial_noise(noise: Tensor, levels: NoiseLevels) -> Tensor:
-    """Unit Gaussian `noise` [B,C,h,w] as x at the first level, with the variance of unit x0 under its noise.
+def initial_noise(noise: Tensor, levels: NoiseLevels, sampler: SamplerName = SamplerName.EULER) -> Tensor:
+    """Unit Gaussian `noise` [B,C,h,w] as x at the first level, where the published sampler starts.
 
-    So do the published pipelines, but for Euler and Euler ancestral on trailing timesteps and on Karras's levels, where
-    they leave out the 1: 0.2% less at SDXL's noisiest level, and a picture that differs by some 1e-3.
+    That is with the variance of unit x0 under its noise, or of the noise alone: `starts_at_sigma`.
     """
-    return noise * (levels.sigmas[0] ** 2 + 1.0) ** 0.5
+    sigma = levels.sigmas[0]
+    return noise * (sigma if starts_at_sigma(sampler, levels.spacing) else (sigma**2 + 1.0) ** 0.5)
+
+
+def starts_at_sigma(sampler: SamplerName, spacing: Spacing | None) -> bool:
+    """Whether a run starts with the first level's noise alone, without the variance of an x0 under it.
+
+    As diffusers' `init_noise_sigma` has it: so do Euler and Euler ancestral, but for leading timesteps.
+    """
+    eulers = (SamplerName.EULER, SamplerName.EULER_ANCESTRAL)
+    return sampler in eulers and spacing in (Spacing.TRAILING, Spacing.KARRAS)
 
 
 def noised(latents: Tensor, noise: Tensor, levels: NoiseLevels) -> Tensor:

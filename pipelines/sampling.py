@@ -77,7 +77,7 @@ def generate(  # noqa: PLR0917 (the parts of a run, in the order that it needs t
     Raises ValueError where sampler or SDEdit add noise and there is no `step_noise`.
     """
     levels = noise_levels(config.steps, config.spacing, diffusion, sampler=config.sampler)
-    x = initial_noise(noise, levels)
+    x = initial_noise(noise, levels, config.sampler)
     if refiner is not None and config.refiner == "ensemble" and config.handover > 0:
         return sample_ensemble(
             base,

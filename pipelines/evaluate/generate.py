@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from model.conditioning import drop
 from model.config import UNET_PRESETS, VAE_PRESETS, Conditioning
 from model.diffusion import Diffusion, gaussian
-from model.sampler import StepNoise, step_noise
+from model.sampler import StepNoise, starts_at_sigma, step_noise
 from model.text import TextFeatures, tokenize
 from model.tiling import decode_tiled
 from model.vae import unscale
@@ -198,6 +198,7 @@ def _fingerprint(config: GenerateConfig, options: StorageOptions) -> dict[str, A
     if config.refiner:
         weights["refiner"] = networks.unet_fingerprint(config.refiner, options)
     assert config.diffusion is not None
+    at_sigma = starts_at_sigma(config.sampling.sampler, config.sampling.spacing)
     return {
         "weights": weights,
         "diffusion": asdict(config.diffusion),
@@ -206,6 +207,8 @@ def _fingerprint(config: GenerateConfig, options: StorageOptions) -> dict[str, A
         "negative_original_size": config.prompts.negative_original_size,
         # Only where it is set: so pictures that were decoded whole keep their names.
         **({"decode_tile": config.decode_tile} if config.decode_tile else {}),
+        # An earlier version started elsewhere there: its pictures are others.
+        **({"start": "sigma"} if at_sigma else {}),
     }
 
 

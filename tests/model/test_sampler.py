@@ -1,7 +1,6 @@
 import math
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -13,15 +12,7 @@ from diffusers import (
 
 from model.config import BASE_CONDITIONING, DiffusionConfig, PredictionType, SamplerName, Spacing, UNetConfig
 from model.diffusion import Diffusion, gaussian
-from model.noise_levels import (
-    NoiseLevels,
-    karras_sigmas,
-    levels_at,
-    levels_of,
-    noise_levels,
-    timesteps_leading,
-    timesteps_trailing,
-)
+from model.noise_levels import NoiseLevels, levels_at, noise_levels
 from model.sampler import (
     Condition,
     Guidance,
@@ -109,12 +100,6 @@ def published_sample(scheduler, predict, x, **settings):
     return x
 
 
-def start_of(scheduler, levels):
-    """Unit noise as the published sampler takes it: in sigma form where it scales what the network sees."""
-    scales = isinstance(scheduler, (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler))
-    return initial_noise(NOISE, levels) if scales else NOISE
-
-
 def schedule_of(scheduler, levels):
     """Makes a published sampler step through our levels."""
     scheduler.set_timesteps(len(levels.timesteps))
@@ -194,17 +179,16 @@ def test_every_sampler_equals_the_published_one(
         scheduler = published(sampler, config, use_karras_sigmas=True)
         scheduler.set_timesteps(STEPS)
     elif sampler is SamplerName.EULER_ANCESTRAL:
-        scheduler = published(sampler, config)
+        scheduler = published(sampler, config, timestep_spacing="linspace")
         schedule_of(scheduler, levels)
-    else:  # DDIM's steps are not of sigmas but of timesteps, and DDIM without noise is Euler
-        scheduler = published(SamplerName.EULER, config)
+    else:  # DDIM's steps are not of sigmas but of timesteps; without noise it is Euler from DDIM's start, leading's
+        scheduler = published(SamplerName.EULER, config, timestep_spacing="leading")
         schedule_of(scheduler, levels)
     torch.testing.assert_close(scheduler.timesteps.double(), torch.tensor(levels.timesteps).double(), rtol=0, atol=0.01)
-    x = start_of(scheduler, levels)
+    x = NOISE * scheduler.init_noise_sigma
     expected = published_sample(scheduler, lambda x, t: unet(x, t.expand(2), told.context, told.vector), x)
-    found = sample(
-        denoiser(unet, diffusion, told), initial_noise(NOISE, levels), levels, sampler=sampler, step_noise=FRESH
-    )
+    x = initial_noise(NOISE, levels, sampler)
+    found = sample(denoiser(unet, diffusion, told), x, levels, sampler=sampler, step_noise=FRESH)
     assert relative_error(found, expected) < 1e-5
 
 
@@ -216,13 +200,22 @@ def test_every_sampler_equals_the_published_one_from_a_level_without_signal(
     levels = noise_levels(STEPS, Spacing.TRAILING, diffusion)
     scheduler = published(sampler, ZERO_SNR, timestep_spacing="trailing")
     scheduler.set_timesteps(STEPS)
-    expected = published_sample(
-        scheduler, lambda x, t: unet(x, t.expand(2), told.context, told.vector), start_of(scheduler, levels)
-    )
-    found = sample(
-        denoiser(unet, diffusion, told), initial_noise(NOISE, levels), levels, sampler=sampler, step_noise=FRESH
-    )
+    x = NOISE * scheduler.init_noise_sigma
+    expected = published_sample(scheduler, lambda x, t: unet(x, t.expand(2), told.context, told.vector), x)
+    x = initial_noise(NOISE, levels, sampler)
+    found = sample(denoiser(unet, diffusion, told), x, levels, sampler=sampler, step_noise=FRESH)
     assert relative_error(found, expected) < 1e-5
+
+
+def test_the_start_is_the_published_one_for_any_number_of_steps():
+    """500 leading timesteps begin at the noisiest one, as trailing ones do, and start with an x0 all the same."""
+    for sampler in (SamplerName.EULER, SamplerName.EULER_ANCESTRAL):
+        for spacing in (Spacing.LEADING, Spacing.TRAILING):
+            for steps in (1, STEPS, 500):
+                scheduler = published(sampler, DIFFUSION.config, timestep_spacing=spacing.value)
+                scheduler.set_timesteps(steps)
+                found = initial_noise(NOISE, noise_levels(steps, spacing, DIFFUSION), sampler)
+                torch.testing.assert_close(found, NOISE * scheduler.init_noise_sigma, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(  # without signal, the published one takes the root of a rounding error at an eta of 1
@@ -234,7 +227,7 @@ def test_ddim_with_fresh_noise_equals_the_published_one(unet, relative_error, pu
     scheduler = published(SamplerName.DDIM, config, timestep_spacing="trailing")
     scheduler.set_timesteps(STEPS)
     expected = published_sample(scheduler, lambda x, t: unet(x, t.expand(2), told.context, told.vector), NOISE, eta=eta)
-    x = initial_noise(NOISE, levels)
+    x = initial_noise(NOISE, levels, SamplerName.DDIM)
     found = sample(denoiser(unet, diffusion, told), x, levels, sampler=SamplerName.DDIM, eta=eta, step_noise=FRESH)
     assert relative_error(found, expected) < 1e-5
 
@@ -263,7 +256,8 @@ def test_a_run_in_two_parts_equals_the_published_one(unet, relative_error, sampl
     def predict(x, timestep):
         return unet(x, timestep.expand(2), told.context, told.vector)
 
-    x = start_of(scheduler, levels)
+    scheduler.set_timesteps(STEPS)
+    x = NOISE * scheduler.init_noise_sigma
     for part in (lambda timestep: timestep >= 200, lambda timestep: timestep < 200):
         scheduler.set_timesteps(STEPS)
         wanted = [k for k, timestep in enumerate(scheduler.timesteps) if part(timestep)]
@@ -273,10 +267,10 @@ def test_a_run_in_two_parts_equals_the_published_one(unet, relative_error, sampl
                 timestep = scheduler.timesteps[k]
                 prediction = predict(scheduler.scale_model_input(x, timestep), timestep)
                 x = scheduler.step(prediction, timestep, x).prev_sample
-    denoise = denoiser(unet, DIFFUSION, told)
-    found = sample_ensemble(denoise, denoise, initial_noise(NOISE, levels), levels, cutoff=200, sampler=sampler)
+    denoise, start = denoiser(unet, DIFFUSION, told), initial_noise(NOISE, levels, sampler)
+    found = sample_ensemble(denoise, denoise, start, levels, cutoff=200, sampler=sampler)
     assert relative_error(found, x) < 1e-5
-    unbroken = sample(denoise, initial_noise(NOISE, levels), levels, sampler=sampler)
+    unbroken = sample(denoise, start, levels, sampler=sampler)
     assert torch.equal(found, unbroken) == (sampler is SamplerName.EULER)
 
 
@@ -403,57 +397,6 @@ def test_fresh_noise_and_what_is_kept_make_up_the_next_level():
             assert math.hypot(kept, added) == pytest.approx(next_sigma)
             assert 0 <= added <= next_sigma
     assert ancestral_levels(14.0, 3.0, 0.0) == (3.0, 0.0)
-
-
-def test_timesteps_descend_within_the_schedule():
-    for steps in (1, 7, 30, 50, 1000):
-        for spacing in Spacing:
-            for sampler in (SamplerName.EULER, SamplerName.DPMPP_2M):
-                levels = noise_levels(steps, spacing, DIFFUSION, sampler=sampler)
-                assert len(levels.timesteps) == steps
-                assert 0 <= levels.timesteps[-1] <= levels.timesteps[0] <= 999
-                assert levels.sigmas[-1] == 0
-    assert timesteps_trailing(4)[0] == 999
-    assert timesteps_leading(4) == [751, 501, 251, 1]
-    for steps in range(1, 1001):  # numpy adds one below 0 at times, and diffusers a step at it
-        assert timesteps_trailing(steps) == (np.arange(1000, 0, -1000 / steps).round()[:steps] - 1).tolist()
-    assert noise_levels(40, Spacing.TRAILING, DIFFUSION, below=200).timesteps[::20] == (199, 99)
-    for steps, below in ((0, None), (1001, None), (201, 200)):
-        with pytest.raises(ValueError, match=f"{steps} steps over"):
-            noise_levels(steps, Spacing.TRAILING, DIFFUSION, below=below)
-    for timesteps in ([5, 5], [5, 7]):
-        with pytest.raises(ValueError, match="descend"):
-            at(timesteps)
-    with pytest.raises(ValueError, match="one sigma more"):
-        NoiseLevels((5.0,), (1.0,))
-
-
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_karras_levels_equal_the_published_ones_over_any_range(spacing):
-    scheduler = published(SamplerName.EULER, DIFFUSION.config, timestep_spacing=spacing, use_karras_sigmas=True)
-    scheduler.set_timesteps(STEPS)
-    first, last = {"leading": (951, 1), "trailing": (999, 49), "linspace": (999, 0)}[spacing]
-    found = levels_of(karras_sigmas(STEPS, *DIFFUSION.sigmas[[first, last]].tolist()), DIFFUSION)
-    torch.testing.assert_close(torch.tensor(found.sigmas), scheduler.sigmas, rtol=3e-5, atol=0)
-    torch.testing.assert_close(torch.tensor(found.timesteps), scheduler.timesteps, rtol=0, atol=0.01)
-    if spacing == "linspace":
-        assert noise_levels(STEPS, Spacing.KARRAS, DIFFUSION) == found
-
-
-def test_sigmas_of_the_schedule_stand_for_their_own_timesteps():
-    timesteps = [999, 998, 500, 1, 0]
-    assert levels_of(DIFFUSION.sigmas[timesteps].tolist(), DIFFUSION).timesteps == pytest.approx(timesteps)
-    assert levels_of([100.0, 1e-3], DIFFUSION).timesteps == (999, 0)
-
-
-def test_the_part_that_goes_back_over_an_image_is_the_runs_last():
-    levels = noise_levels(50, Spacing.LEADING, DIFFUSION)
-    for strength, kept in ((0.3, 15), (0.99, 49), (0.02, 1), (1.0, 50)):
-        tail = levels.tail(strength)
-        assert tail.timesteps == levels.timesteps[-kept:]
-        assert tail.sigmas == levels.sigmas[-kept - 1 :]
-    with pytest.raises(ValueError, match=r"strength 0.01 of 50 steps"):
-        levels.tail(0.01)
 
 
 def test_noised_latents_have_the_first_levels_noise():

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from model.config import DiffusionConfig, SamplerName
+from model.config import DiffusionConfig, SamplerName, Spacing
 from model.vae import VAE
 from model.weights import Kind, save_weights
 from pipelines import networks
 from pipelines.config import SamplingConfig, TextWeightsConfig, WeightsConfig
 from pipelines.evaluate.config import GenerateConfig, PromptsConfig
-from pipelines.evaluate.generate import Generator, checked_prompts
+from pipelines.evaluate.generate import Generator, _fingerprint, checked_prompts
 from pipelines.evaluate.prompts import batches, read_prompts
 from pipelines.storage import Storage, StorageOptions
 
@@ -131,6 +131,17 @@ def test_files_carry_what_made_them(configured, tmp_path):
             assert (image.text["negative_prompt"], image.text["seed"]) == ("blé", "7")
             settings = json.loads(image.text["settings"])
         assert (settings["size"], settings["dtype"]) == ([32, 64], "float32")
+
+
+def test_pictures_that_start_elsewhere_than_an_earlier_versions_have_other_names(configured):
+    changed = [
+        (sampler, spacing)
+        for sampler in SamplerName
+        for spacing in Spacing
+        if "start" in _fingerprint(configured(sampler=sampler, spacing=spacing), OPTIONS)
+    ]
+    eulers = (SamplerName.EULER, SamplerName.EULER_ANCESTRAL)
+    assert changed == [(sampler, spacing) for sampler in eulers for spacing in (Spacing.TRAILING, Spacing.KARRAS)]
 
 
 def test_pictures_larger_than_a_tile_are_decoded_in_tiles(configured, monkeypatch):

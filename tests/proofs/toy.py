@@ -167,7 +167,7 @@ def paint(unet: UNet, captions: Tensor, size: tuple[int, int], seed: int, **told
     pairs = {Conditioning(k): (torch.as_tensor(v).float() * PIXELS).expand(len(captions), 2) for k, v in told.items()}
     condition = Condition(captions[:, None], conditioning_vector(captions, pairs, unet.config))
     levels = noise_levels(SAMPLING_STEPS, Spacing.KARRAS, DIFFUSION)
-    noise = initial_noise(gaussian(seed, 0, len(captions), (3, *size)), levels)
+    noise = initial_noise(gaussian(seed, 0, len(captions), (3, *size)), levels, SamplerName.DPMPP_2M)
     denoise = denoiser(unet, DIFFUSION, condition)
     return sample(denoise, noise, levels, sampler=SamplerName.DPMPP_2M).clamp(-1, 1)
 

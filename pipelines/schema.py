@@ -32,6 +32,7 @@ from pipelines.storage import Storage
 
 JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 ROWS_AT_A_TIME = 16_384  # that are in memory as Python values
+KEY_LENGTH = 32  # hex digits of a key, as of every digest
 SCHEMA_VERSION = 4  # raised when a column changes its meaning; part of every fingerprint
 MANIFEST = "manifest.json"
 COMPUTED = "computed_scores"  # fact of an index: the folder of the scores that its verdicts were made with
@@ -221,7 +222,7 @@ def pair_array(table: pa.Table, name: Column) -> np.ndarray:
 
 def digest(value: Any) -> str:
     """32 hex digits that stand for a JSON value: the same for equal values, on every machine."""
-    return hashlib.sha256(JSON.encode(value).encode()).hexdigest()[:32]
+    return hashlib.sha256(JSON.encode(value).encode()).hexdigest()[:KEY_LENGTH]
 
 
 def row_digests(rows: pa.Table) -> pa.ChunkedArray:
@@ -331,9 +332,12 @@ def data_files(dataset: Storage, manifest: Manifest) -> list[DataFile]:
     return [DataFile(**row | {"bucket": row["bucket"] and (row["bucket"][0], row["bucket"][1])}) for row in rows]
 
 
-def with_latents_key(rows: pa.Table) -> pa.Table:
-    """Kept index rows with the key that their latents row has, in place of their own or of none."""
-    keys = row_digests(rows.select(LATENTS_IDENTITY))
+def with_latents_key(rows: pa.Table, keys: pa.Array | None = None) -> pa.Table:
+    """Kept index rows with the key that their latents row has, in place of their own or of none.
+
+    `keys` are these keys, where they were made before.
+    """
+    keys = row_digests(rows.select(LATENTS_IDENTITY)) if keys is None else keys
     return _with(rows, Column.KEY, keys) if Column.KEY in rows.column_names else rows.append_column(Column.KEY, keys)
 
 

@@ -24,18 +24,20 @@ ORDER = "order"  # the key of a crop's image, until crops are in blocks
 PIXELS = "pixels"  # uint8 [height, width, 3] of the bucket, as fixed-size bytes
 
 
-def rows_of_crops(kept: pa.Table, crops: int) -> pa.Table:
+def rows_of_crops(kept: pa.Table, crops: int, keys: pa.Array | None = None) -> pa.Table:
     """A row for each crop of each kept image, side by side, with its number, a key of its own, and ORDER.
 
-    The first crop has its image's key, so that more crops leave those that there are as they are.
+    The first crop has its image's key, so that more crops leave those that there are as they are. `keys` are the keys
+    of all these rows, where they were made before.
     """
     kept = kept.append_column(ORDER, kept.column(Column.KEY))
     numbers = pa.chunked_array([np.tile(np.arange(crops, dtype=np.int32), kept.num_rows)])
     if crops == 1:
         return kept.append_column(Column.CROP, numbers)
     rows = kept.take(pa.array(np.repeat(np.arange(kept.num_rows), crops))).append_column(Column.CROP, numbers)
-    of_crop = row_digests(rows.select([Column.KEY, Column.CROP]))
-    keys = pc.if_else(pc.equal(numbers, 0), rows.column(Column.KEY), of_crop)
+    if keys is None:
+        of_crop = row_digests(rows.select([Column.KEY, Column.CROP]))
+        keys = pc.if_else(pc.equal(numbers, 0), rows.column(Column.KEY), of_crop)
     return rows.set_column(rows.schema.get_field_index(Column.KEY), rows.schema.field(Column.KEY), keys)
 
 

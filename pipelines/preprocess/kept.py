@@ -17,6 +17,7 @@ from pipelines.schema import (
     COMPUTED,
     INDEX_ONLY,
     INDEX_SCHEMA,
+    KEY_LENGTH,
     LATENTS_IDENTITY,
     ROWS_AT_A_TIME,
     Column,
@@ -49,7 +50,9 @@ class Kept:
             self._groups[-1][1].append(file.name)
             before, held = before + file.rows, held + file.rows
         self._counts: list[int] = []  # of crops, of each group
-        self.weights = work.array(manifest.counts.get("kept", 0) * crops, np.float64, fill=1.0)
+        count = manifest.counts.get("kept", 0) * crops
+        self._keys = work.array(count, f"S{KEY_LENGTH}")  # hashed once, though rows are read twice
+        self.weights = work.array(count, np.float64, fill=1.0)
         """How often training sees each crop: [crops], once `keys` has gone through all."""
         self.without_score = 0
         """Crops of images without an aesthetic score, likewise."""
@@ -72,16 +75,20 @@ class Kept:
             of_images = weights[sources.indices.to_numpy()] if images.num_rows else np.empty(0)
             self.weights[count : count + crops.num_rows] = np.repeat(of_images, self._crops)
             self.without_score += crops.column(Column.AESTHETIC_SCORE).null_count
+            self._keys[count : count + crops.num_rows] = crops.column(Column.KEY).to_numpy()
             count += crops.num_rows
             yield crops.column(Column.KEY)
 
     def rows(self, wanted: np.ndarray) -> Iterator[pa.Table]:
         """Those crops that are wanted [crops]."""
-        for number, mask in enumerate(np.split(wanted, np.cumsum(self._counts))[: len(self._groups)]):
+        ends = np.cumsum(self._counts)
+        for number, (mask, known) in enumerate(zip(np.split(wanted, ends), np.split(self._keys, ends), strict=True)):
             of_images = mask.reshape(-1, self._crops).any(axis=1)
             if of_images.any():
                 images = self._images(number, ALL).filter(pa.array(of_images))
-                crops = rows_of_crops(with_latents_key(images), self._crops)
+                keys = known.reshape(-1, self._crops)[of_images]
+                first, every = (pa.array(some).cast(pa.string()) for some in (keys[:, 0], keys.ravel()))
+                crops = rows_of_crops(with_latents_key(images, first), self._crops, every)
                 yield crops.filter(pa.array(mask[np.repeat(of_images, self._crops)]))
 
     def _images(self, number: int, columns: Sequence[str]) -> pa.Table:

@@ -20,6 +20,7 @@ from pipelines.schema import INDEX_SCHEMA, ROWS_AT_A_TIME, Column, Reject
 
 # reasons that measuring gives; the rest are decided here
 MEASURED = (Reject.UNREADABLE, Reject.TOO_LARGE, Reject.KILLS_DECODER)
+NO_TEXT = "\ufffd"  # stands in a text for bytes that are none in its encoding
 NEVER = np.iinfo(np.int64).max
 Finding = tuple[pa.ChunkedArray, pa.ChunkedArray]  # which rows are rejected (null: not), and in detail why
 Verdict = tuple[Reject, pa.ChunkedArray, pa.ChunkedArray]  # the reason, and its finding
@@ -89,6 +90,16 @@ def caption_counts(index: pa.Table) -> dict[str, int]:
     kept = index.filter(pc.is_null(index.column(Column.REJECT_REASON))).column(Column.CAPTION_REASONS)
     counts = pc.value_counts(pc.list_flatten(kept)).to_pylist()
     return dict(sorted((count["values"] or "kept", count["counts"]) for count in counts))
+
+
+def garbled(index: pa.Table) -> pa.ChunkedArray:
+    """Which rows have a caption of which bytes were no text."""
+    found, before = np.zeros(index.num_rows, bool), 0
+    for chunk in index.column(Column.CAPTIONS).chunks:
+        rows, texts = out_of_lists(chunk)
+        found[before + rows[pc.match_substring(texts, NO_TEXT).to_numpy(zero_copy_only=False)]] = True
+        before += len(chunk)
+    return _column(found)
 
 
 def shortest_side(index: pa.Table, config: FilterConfig) -> Verdict:

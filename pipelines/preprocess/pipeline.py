@@ -42,6 +42,7 @@ from pipelines.progress import progress
 from pipelines.runs import Work
 from pipelines.schema import (
     COMPUTED,
+    GARBLED,
     MANIFEST,
     SCHEMA_VERSION,
     Column,
@@ -347,6 +348,7 @@ def _commit_index(
     change = verdicts.change(before.counts.get("kept", 0) if before else 0)
     look = judge(change, alerts)
     files = select(have, None, verdicts, INDEX_COMPRESSION)
+    garbled = {GARBLED: verdicts.garbled} if verdicts.garbled else {}
     manifest = _commit(
         held,
         folder,
@@ -356,7 +358,7 @@ def _commit_index(
         counts=dict(sorted(verdicts.reasons.items())),
         fingerprint=fingerprint,
         parents={},
-        facts={**facts, "captions": dict(sorted(verdicts.captions.items()))},
+        facts={**facts, **garbled, "captions": dict(sorted(verdicts.captions.items()))},
     )
     return manifest, change, look
 

@@ -40,6 +40,7 @@ from pipelines.storage import Storage
 
 REPORT, TIMES = "report.html", "times.json"  # beside manifest.json
 EXAMPLES, KEPT_EXAMPLES, PAIRS = 12, 18, 12  # pictures per reason, of kept ones, and of duplicates
+NAMED = 5  # images whose captions are no text
 THUMBNAIL, QUALITY = 200, 80  # longest side in pixels, of JPEG
 LARGEST_DRAWN, READERS = 50_000_000, 4  # pixels of an image that is decoded for its thumbnail; how many at a time
 ENCODED_TOKENS = CONTEXT_LENGTH - 2  # without those for begin and end
@@ -176,6 +177,11 @@ def _captions(summary: Summary) -> str:
         f"out for their length. The text encoders see {ENCODED_TOKENS} tokens, and a word is one at least: "
         f"{percent(long, count)} of the captions have more words than that, and are cut."
     )
+    if summary.garbled:
+        text += (
+            f" Captions of {summary.garbled_count:,} images, kept or not, have bytes that are no UTF-8, for which "
+            f"U+FFFD stands, such as those of {', '.join(summary.garbled[:NAMED])}."
+        )
     last = min(MOST_WORDS, max(20, int(np.flatnonzero(summary.words)[-1])))
     labels = [str(place) if place % 5 == 0 else "" for place in range(last + 1)]
     if last == MOST_WORDS:

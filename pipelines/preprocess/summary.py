@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipelines.captions import left, out_of_lists
 from pipelines.config import Size
-from pipelines.preprocess.filter import kept_instead
+from pipelines.preprocess.filter import garbled, kept_instead
 from pipelines.schema import PLACE, Column, Manifest, Reject, data_files
 from pipelines.storage import Storage
 
@@ -67,6 +67,10 @@ class Summary:
     """Kept captions of kept rows by words; the last stands for all above."""
     captions_dropped: int = 0
     """Captions of kept rows that are left out."""
+    garbled: list[str] = field(default_factory=list)
+    """source:path of some rows, kept or not, with a caption of which bytes were no text."""
+    garbled_count: int = 0
+    """How many there are."""
     examples: dict[str, list[Row]] = field(default_factory=dict)
     """Some rows of each reason: those with the smallest keys, which are hashes."""
     pairs: list[tuple[Row, Row]] = field(default_factory=list)
@@ -95,6 +99,7 @@ def summarize(index: Storage, manifest: Manifest, examples: int) -> Summary:
             shown = summary.examples.get(count["values"], []) + members.slice(0, examples).to_pylist()
             summary.examples[count["values"]] = sorted(shown, key=lambda row: row[Column.KEY])[:examples]
         _add_sizes(summary, rows)
+        _add_garbled(summary, rows, examples)
         kept = rows.filter(pc.equal(reasons, "kept"))
         _add_kept(summary, kept)
         if summary.kept <= MOST_HASHES:
@@ -114,6 +119,13 @@ def _add_sizes(summary: Summary, rows: pa.Table) -> None:
     ]
     np.add.at(summary.sizes, tuple(places), 1)
     summary.small += int((np.minimum(height, width) < summary.side).sum())
+
+
+def _add_garbled(summary: Summary, rows: pa.Table, examples: int) -> None:
+    found = rows.filter(garbled(rows)).select([Column.SOURCE, Column.PATH])
+    summary.garbled_count += found.num_rows
+    names = pc.binary_join_element_wise(*found.slice(0, examples - len(summary.garbled)).columns, ":")
+    summary.garbled += names.to_pylist()
 
 
 def _add_kept(summary: Summary, kept: pa.Table) -> None:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from pipelines.preprocess.alert import Change
 from pipelines.preprocess.alike import ASKED, near_duplicates
 from pipelines.preprocess.config import FilterConfig
-from pipelines.preprocess.filter import caption_counts, judge, mark_duplicates
+from pipelines.preprocess.filter import caption_counts, garbled, judge, mark_duplicates
 from pipelines.preprocess.stored import AMENDED, NUMBER, PLACE, Stored, first_ones
 from pipelines.preprocess.stored import Change as ChangeRows
 from pipelines.runs import CODE, InOrder, Runs, codes_of, parts
@@ -92,6 +92,8 @@ class Verdicts:
     """Captions of kept rows: those that are kept, and those that are left out, by reason."""
     new: Counter[str] = field(default_factory=Counter)
     """As `reasons`, of the rows whose keys the committed index lacks."""
+    garbled: int = 0
+    """Rows, kept or not, with a caption of which bytes were no text."""
     _along: InOrder | None = None
 
     def change(self, kept_before: int) -> Change:
@@ -154,6 +156,7 @@ def decide_all(have: Stored, filters: FilterConfig, scores: Scores | None, commi
         have.numbers[places[other]] = -1
         rejected = pc.and_(pa.array(first), pc.invert(passed))
         verdicts.tally(rows.filter(rejected), fresh[rejected.to_numpy()])
+        verdicts.garbled += int(np.count_nonzero(garbled(facts).to_numpy() & first))
         for judged, was in WAS.items():
             rows = rows.append_column(was, facts.column(judged))
         for name, values in ((PLACE, places), (NUMBER, numbers), (FIRST, first), (FRESH, fresh)):

@@ -33,7 +33,7 @@ from pipelines.storage import Storage, StorageOptions
 from pipelines.train.batches import ImageReader, LatentReader
 from pipelines.train.listed import list_images
 from tests.conftest import Cluster
-from tests.pipelines.test_containers import sample, save_dataset, write_tar
+from tests.containers import sample, save_dataset, write_tar
 from tests.reference import kept_rows
 
 KEPT = 9

@@ -49,6 +49,8 @@ class Proxy:
     times: int = 0
     seen: list[str] = field(default_factory=list)
     """Requests that matched, with or without a fault."""
+    conditional: list[str] = field(default_factory=list)
+    """Requests that ask for something only if a condition holds."""
     draws: random.Random | None = None
     share: float = 0.0
     faults: tuple[Fault, ...] = ()
@@ -106,6 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_request(self) -> None:
         body = self._body()
+        if any(name.lower().startswith("if-") for name in self.headers):
+            self.proxy.conditional.append(f"{self.command} {self.path}")
         fault = self.proxy.take(f"{self.command} {self.path}")
         if fault is Fault.RESET:
             self._reset()

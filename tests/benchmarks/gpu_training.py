@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.config import UNET_PRESETS, VAE_PRESETS
-from model.denoiser_loss import DenoiserLossConfig
 from model.speed import compile_blocks
 from model.unet import UNet
 from pipelines.config import TextWeightsConfig, WeightsConfig
@@ -42,7 +41,7 @@ from pipelines.preprocess.pipeline import LATENTS_COMPRESSION
 from pipelines.preprocess.write import write_rows
 from pipelines.schema import SCHEMA_VERSION, Column, DataFile, write_manifest
 from pipelines.storage import Storage, StorageOptions
-from pipelines.train.batches import Slices
+from pipelines.train.batches import Batch, Slices
 from pipelines.train.config import (
     BatchConfig,
     DenoiserTaskConfig,
@@ -164,36 +163,43 @@ def through_engine(shape: Shape, stage: int, offload: bool) -> Callable[[], torc
     return step
 
 
+class InTheLoop:
+    """The loop's step: from a worker's part of a batch, by its task, engine and meter."""
+
+    def __init__(self, task: DenoiserTask, engine: Engine) -> None:
+        self._task, self._engines, self._meter, self._seen = task, {"unet": engine}, Meter(), 0
+
+    def __call__(self, passes: list[tuple[Batch, float]]) -> torch.Tensor:
+        """The loss of the last pass."""
+        self._seen += sum(part.count for part, _ in passes)
+        for part, weight in passes:
+            self._meter.saw(part.count, part.bucket)
+            for loss in self._task.losses(self._engines, part):
+                self._engines["unet"].backward(loss.per_sample.mean() * weight)
+                self._engines["unet"].step(self._seen)
+                self._meter.add(loss, weight)
+        assert self._engines["unet"].refusal() is None
+        return loss.per_sample.mean()
+
+
 def in_the_loop(shape: Shape, folder: str, held: bool) -> Callable[[], torch.Tensor]:
     """The loop's step, from one batch that is held or from the loader."""
     write_dataset(shape, folder)
     batch = BatchConfig(global_size=shape.images, micro_size=shape.images, shuffle_rows=shape.images * FILES)
     config = DenoiserTaskConfig(
-        unet=WeightsConfig(preset="tiny-base"),  # stands in until the network below takes its place
+        unet=WeightsConfig(preset=shape.preset),
         latents=folder,
         vae=WeightsConfig(preset="sdxl"),
         text=TextWeightsConfig(preset="tiny", seed=0),
-        loss=DenoiserLossConfig(),
     )
     task = DenoiserTask(config, batch, "", StorageOptions(), torch.device(shape.device))
-    task._unet = network_of(shape)
-    engines = {"unet": engine_of(shape, task._unet, 1, False)}
+    network = task.networks()["unet"].to(shape.device).train()
+    if shape.compiled:
+        compile_blocks(network)
+    step = InTheLoop(task, engine_of(shape, network, 1, False))
     passes = iter(Slices(task.reader, Plan(task.reader.files, batch), 0, 1, 0))
-    meter, seen, kept = Meter(), 0, next(passes)
-
-    def step() -> torch.Tensor:
-        nonlocal seen
-        seen += shape.images
-        for part, weight in kept if held else next(passes):
-            meter.saw(part.count, part.bucket)
-            for loss in task.losses(engines, part):
-                engines["unet"].backward(loss.per_sample.mean() * weight)
-                engines["unet"].step(seen)
-                meter.add(loss, weight)
-        assert engines["unet"].refusal() is None
-        return loss.per_sample.mean()
-
-    return step
+    kept = next(passes)
+    return lambda: step(kept if held else next(passes))
 
 
 def write_dataset(shape: Shape, folder: str) -> None:
@@ -288,13 +294,14 @@ def main() -> None:
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         options.json.write_text(json.dumps(asdict(measure(options.alone, shape))))
         return
-    rows = []
+    rows, failed = [], []
     for side in options.sides:
         with tempfile.TemporaryDirectory() as folder:
             told = Path(folder) / "row.json"
             command = [sys.executable, __file__, *sys.argv[1:], "--alone", side, "--json", str(told)]
             ended = subprocess.run(command, check=False, capture_output=True, text=True)
             if ended.returncode:  # the others may fit
+                failed.append(side)
                 print(f"{side} failed: {ended.stderr.strip().splitlines()[-1]}", flush=True)
                 continue
             found = json.loads(told.read_text())
@@ -308,6 +315,8 @@ def main() -> None:
     how = "eager" if options.eager else "compiled"
     print(f"\n{name}, torch {torch.__version__}, {options.preset}, {images} images of {pixels} px, {how}\n")
     print(report(rows, shape))
+    if failed:
+        sys.exit(f"\nfailed, and not in the table: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

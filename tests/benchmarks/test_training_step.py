@@ -37,8 +37,8 @@ from pipelines.train.config import (
     WorkersConfig,
 )
 from pipelines.train.engine import Engine
-from pipelines.train.meter import Meter
 from tests.benchmarks.gpu_networks import diffusers_unet, fill, turns, twin
+from tests.benchmarks.gpu_training import InTheLoop
 
 PRESET, BATCH, SIDE, ROUNDS = "tiny-base", 8, 32, 5
 SCALING_FACTOR, PIXELS = 0.5, 8
@@ -102,7 +102,7 @@ class Ours:
             workers=WorkersConfig(),
             ema=EMAConfig(),
         )
-        self.meter, self.seen = Meter(), 0
+        self.loop, self.seen = InTheLoop(self.task, self.engine), 0
 
     def engine_alone(self, inputs: tuple[Tensor, ...], target: Tensor) -> None:
         """A step on inputs that are there already."""
@@ -112,13 +112,7 @@ class Ours:
 
     def step(self, batch: LatentBatch) -> None:
         """A step from a batch."""
-        self.seen += BATCH
-        self.meter.saw(batch.count, batch.bucket)
-        for loss in self.task.losses({"unet": self.engine}, batch):
-            self.engine.backward(loss.per_sample.mean())
-            self.engine.step(self.seen)
-            self.meter.add(loss, weight=1.0)
-        assert self.engine.refusal() is None
+        self.loop([(batch, 1.0)])
 
 
 def adamw(network: nn.Module) -> torch.optim.AdamW:

@@ -29,31 +29,33 @@ class LatentFile:
         columns = [*PAIRS, Column.AESTHETIC_SCORE, Column.CAPTION_WEIGHTS]
         table = parquet.read(columns=columns, use_threads=False)  # a few short ones
         score = table.column(Column.AESTHETIC_SCORE).to_numpy()  # NaN where the source has none
-        self.conditions: dict[Column, np.ndarray] = {
+        self.conditions: dict[str, np.ndarray] = {
             **{name: pair_array(table, name) for name in PAIRS},
             Column.AESTHETIC_SCORE: score.astype(np.float32)[:, None],
         }
         weights = table.column(Column.CAPTION_WEIGHTS).combine_chunks()
         self._chances = weights.flatten().to_numpy()
         self._captions = np.concatenate([[0], np.cumsum(weights.value_lengths().to_numpy())])  # before each row
-        there = [column for column in TENSORS if column in parquet.schema_arrow.names]
-        self.shapes = {column: tensor_shape(parquet.schema_arrow, column) for column in there}
+        schema = parquet.schema_arrow  # made anew whenever it is asked for
+        there = [column for column in TENSORS if column in schema.names]
+        self.shapes = {column: tensor_shape(schema, column) for column in there}
         counts = {column: len(self._chances) if column in OF_CAPTIONS else table.num_rows for column in there}
-        self._starts = {column: _first_value(parquet, column, count, reader) for column, count in counts.items()}
+        self._starts = {
+            column: _first_value(parquet.metadata, schema, column, count, reader) for column, count in counts.items()
+        }
 
     def chances(self, row: int) -> np.ndarray:
         """How likely each of a row's captions is to be drawn [N]."""
         return self._chances[self._captions[row] : self._captions[row + 1]]
 
     def read_into(self, reader: RangeReader, column: Column, row: int, caption: int, target: np.ndarray) -> None:
-        """Read one row's tensor, of one of its captions where it is of text, into `target`, contiguous."""
+        """Read one row's tensor, of one of its captions where it is of text, into `target`: its bytes [N]."""
         place = self._captions[row] + caption if column in OF_CAPTIONS else row
-        reader.read_into(target.reshape(-1).view(np.uint8).data, self._starts[column] + int(place) * target.nbytes)
+        reader.read_into(target.data, self._starts[column] + int(place) * len(target))
 
 
-def _first_value(parquet: pq.ParquetFile, column: Column, count: int, reader: RangeReader) -> int:
+def _first_value(metadata: pq.FileMetaData, schema: pa.Schema, column: Column, count: int, reader: RangeReader) -> int:
     """Where the values of a tensor column, `count` in all, begin in the file."""
-    metadata, schema = parquet.metadata, parquet.schema_arrow
     refused = (
         f"{reader.name}: {column} is not one uncompressed page; this version did not write it: make the latents anew"
     )

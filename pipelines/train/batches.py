@@ -34,7 +34,7 @@ from pipelines.train.plan import Plan, PlannedBatch, cut_step
 
 PREFETCHED_STEPS, STEPS_AT_A_TIME = 2, 2  # a step's last files are waited for while the next one's are read
 OPEN_FILES, KNOWN_FILES = 256, 4096  # latents files that each worker holds open, and knows the layout of
-LOCAL_READERS, REMOTE_READERS = 2, 32  # parts of latents files read at a time
+REMOTE_READERS = 32  # parts of latents files that are fetched at a time; a disk's are read one after the other
 DECODERS = 4  # images decoded at a time; they are fetched as parts of latents files are
 
 
@@ -169,8 +169,10 @@ class LatentReader:
         self._known: OrderedDict[int, LatentFile] = OrderedDict()
         self._open: OrderedDict[int, RangeReader] = OrderedDict()
         self._lock = threading.Lock()  # sample grids read beside the read-ahead thread
-        self._readers = LOCAL_READERS if dataset.is_local else REMOTE_READERS
-        self._pool = ThreadPoolExecutor(self._readers)
+        # Parts on a disk are copied faster by the thread that asks for them than a pool hands them out; the read-ahead
+        # has two steps of them under way.
+        self._readers = 1 if dataset.is_local else REMOTE_READERS
+        self._map = map if dataset.is_local else ThreadPoolExecutor(REMOTE_READERS).map
 
     def read(self, rows: np.ndarray, bucket: Size, first: int) -> LatentBatch:
         """Rows [B, 2] as tensors in fp16, each with the text of one of its captions, drawn by its number in the run."""
@@ -186,7 +188,7 @@ class LatentReader:
             for name, shape in shapes.items()
         }
 
-        targets = {name: tensor.numpy() for name, tensor in tensors.items()}
+        targets = {name: tensor.view(torch.uint8).reshape(len(rows), -1).numpy() for name, tensor in tensors.items()}
         places = list(enumerate(rows.tolist()))
         drawn = [draw_caption(files[file].chances(row), self._seed, first + place) for place, (file, row) in places]
 
@@ -195,11 +197,9 @@ class LatentReader:
                 files[file].read_into(opened[file][1], name, row, drawn[place], targets[name][place])
 
         wanted = list(product(tensors, places))  # a task for each would cost as much as its copy in memory
-        list(self._pool.map(read, (wanted[reader :: self._readers] for reader in range(self._readers))))
+        list(self._map(read, (wanted[reader :: self._readers] for reader in range(self._readers))))
         conditions = {
-            name: torch.from_numpy(
-                np.stack([files[file].conditions[Column(name)][row] for _, (file, row) in places])
-            ).float()
+            name: torch.from_numpy(np.stack([files[file].conditions[name][row] for _, (file, row) in places])).float()
             for name in Conditioning
         }
         none = torch.empty(len(rows), 0)
@@ -234,7 +234,7 @@ class LatentReader:
         with self._lock:
             found = {number: (self._known.get(number), self._open.get(number)) for number in numbers}
         new = [number for number, parts in found.items() if None in parts]
-        made = dict(zip(new, self._pool.map(make, new), strict=True))  # another thread may make one too: no harm
+        made = dict(zip(new, self._map(make, new), strict=True))  # another thread may make one too: no harm
         whole = {number: made[number] if number in made else make(number) for number in numbers}
         with self._lock:
             for number, (known, reader) in whole.items():

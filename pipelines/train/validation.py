@@ -15,7 +15,7 @@ from pipelines.config import Size
 from pipelines.heldout import is_held_out
 from pipelines.schema import Column, DataFile, Manifest, data_files
 from pipelines.storage import Storage
-from pipelines.train.batches import LOCAL_READERS, REMOTE_READERS, Batch, Reader
+from pipelines.train.batches import REMOTE_READERS, Batch, Reader
 from pipelines.train.config import BatchConfig, ScheduleConfig
 from pipelines.train.listed import listed_ids
 from pipelines.train.meter import Means
@@ -138,5 +138,5 @@ def _images(output: Storage, dataset: Storage, manifest: Manifest) -> Iterator[t
     def ids(file: DataFile) -> tuple[str, Sequence[str]]:
         return file.name, dataset.read_table(file.name, [Column.ID]).column(Column.ID).to_pylist()
 
-    with ThreadPoolExecutor(LOCAL_READERS if dataset.is_local else REMOTE_READERS) as pool:
+    with ThreadPoolExecutor(1 if dataset.is_local else REMOTE_READERS) as pool:
         yield from pool.map(ids, files)

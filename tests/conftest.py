@@ -118,6 +118,7 @@ def _start_head(port: int, dashboard: int, folder: Path) -> subprocess.Popen[byt
     command += [f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
     command += ["--object-store-memory=1000000000", "--disable-usage-stats"]
     command += [f"--ray-client-server-port={free_port()}"]  # Ray starts its client's server wherever it can
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # a fixed one by default; where it is taken, no job
     with open(folder / "head.log", "wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from model.config import (
@@ -17,6 +18,7 @@ from model.config import (
 from pipelines.config import (
     DEFAULT_SCORE,
     OVERLAPS_PER_TILE,
+    SINGLE_FILES,
     CropConfig,
     LPIPSWeightsConfig,
     SamplingConfig,
@@ -51,6 +53,24 @@ def check_sources(prefix: str, source: SourceConfig | None, sources: Sequence[So
                 f"{prefix}source.columns.caption_weights: weighs the captions of one column, and caption is "
                 f"{columns.caption!r}; give each of several columns its weight there"
             )
+
+
+def check_outputs(outputs: Mapping[str, str | None], sources: Sequence[SourceConfig]) -> None:
+    """No two outputs are one folder, and none lies in a source, which would be found to hold it the next time."""
+    places = {key: _place(path) for key, path in outputs.items() if path is not None}
+    for key, place in places.items():
+        if same := [other for other in places if other != key and places[other] == place]:
+            raise ValueError(f"{key}: {outputs[key]} is {same[0]} as well; give each its own folder")
+        for source in sources:
+            if not source.path.endswith(SINGLE_FILES) and f"{place}/".startswith(f"{_place(source.path)}/"):
+                raise ValueError(
+                    f"{key}: {outputs[key]} lies in the source {source.path}, which would be found to hold it the next "
+                    "time; choose a folder beside it"
+                )
+
+
+def _place(path: str) -> str:
+    return path.rstrip("/") if path.startswith("s3://") else os.path.abspath(path).rstrip("/")
 
 
 def check_scores(

@@ -13,6 +13,7 @@ from jobs.checks import (
     check_fits_text,
     check_generate,
     check_lpips,
+    check_outputs,
     check_preset,
     check_scores,
     check_scoring,
@@ -133,6 +134,10 @@ class PreprocessJob(Job):
         if not bucket_table(self.buckets):
             raise ValueError("buckets.table: has no size")
         check_sources("", self.source, self.sources)
+        check_outputs({"index": self.index, "latents": self.latents}, self.all_sources)
+        shortest, longest = self.filters.min_caption_characters, self.filters.max_caption_characters
+        if shortest > longest:
+            raise ValueError(f"filters.max_caption_characters: {longest} is below min_caption_characters, {shortest}")
         check_scoring("scoring", self.scoring)
         check_scores("filters.scores", self.filters.scores, self.all_sources, computed=self.scoring is not None)
         check_preset("vae.preset", self.vae.preset, VAE_PRESETS)

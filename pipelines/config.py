@@ -23,6 +23,7 @@ Size = tuple[Count, Count]  # (height, width) in pixels
 
 
 DEFAULT_SCORE = "aesthetic_score"
+SINGLE_FILES = (".tar", ".parquet")  # what a source's path may name, in place of a folder
 OVERLAPS_PER_TILE = 4  # neighbouring tiles of the VAE share this part of their side
 
 

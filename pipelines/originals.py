@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import threading
 from collections import OrderedDict
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.config import SourceConfig
+from pipelines.config import SINGLE_FILES, SourceConfig
 from pipelines.ranges import RangeReader
 from pipelines.schema import Column
 from pipelines.spans import unpack
@@ -19,7 +20,7 @@ from pipelines.storage import Storage, StorageOptions
 
 OPEN_FILES = 256  # files that images are parts of, held open by each process
 ABSOLUTE = "^(/|s3://)"  # names of files that stand for themselves, and not for a place below a source's folder
-SINGLE_FILES = (".tar", ".parquet")  # what a source's path may name, in place of a folder
+S3 = "s3://"
 
 
 class Originals:
@@ -36,8 +37,13 @@ class Originals:
         return Originals, (self._sources, self._options)  # files are opened again in each process
 
     def read(self, row: Mapping[str, Any]) -> bytes:
-        """The image's bytes as they were put in. Raises FileNotFoundError where their file is not there."""
+        """The image's bytes as they were put in. Raises FileNotFoundError where their file is not there, or none can
+        have its name."""
         storage, name = self.storage(row[Column.SOURCE]), row[Column.FILE] or row[Column.PATH]
+        on_s3 = name.startswith(S3) or not (storage.is_local or name.startswith("/"))
+        parts = name.removeprefix(S3).split("/")
+        if on_s3 and ("" in parts or name == S3 + parts[0] or "\0" in name):  # Arrow refuses to ask for it
+            raise FileNotFoundError(errno.ENOENT, "no file can have this name", name)
         if re.match(ABSOLUTE, name):
             folder, _, name = name.rpartition("/")
             storage = Storage(folder or "/", self._options)

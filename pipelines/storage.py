@@ -28,7 +28,7 @@ from annotated_types import Gt
 from pyarrow import fs as pafs
 
 from pipelines.ranges import RangeReader
-from pipelines.walk import files_below
+from pipelines.walk import files_below, opened
 
 READ_AHEAD = 2**20  # bytes of a stream
 TABLE_READERS, TABLES_AHEAD = 16, 64  # tables that are read at a time, and before they are asked for
@@ -194,7 +194,7 @@ class Storage:
     def read(self, name: str) -> bytes:
         """The bytes of `name`. Raises FileNotFoundError if there is none."""
         if self.is_local:
-            with open(self.path(name), "rb") as file:
+            with opened(self.path(name)) as file:
                 return file.read()
         return self.map(name).to_pybytes()
 
@@ -211,7 +211,7 @@ class Storage:
     def open(self, name: str) -> RangeReader:
         """The file `name`, for reading parts of it."""
         path, attempts = self.path(name), self.options.s3_attempts
-        return RangeReader(io.FileIO(path) if self.is_local else self.filesystem.open_input_file(path), name, attempts)
+        return RangeReader(opened(path) if self.is_local else self.filesystem.open_input_file(path), name, attempts)
 
     def stream(self, name: str, size: int) -> io.BufferedReader:
         """The file `name` of `size` bytes, read ahead in pieces; seeking past one leaves bytes unread.

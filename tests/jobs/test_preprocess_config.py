@@ -121,3 +121,21 @@ def test_latents_need_a_folder_and_a_trained_vae_and_the_index_needs_neither(mak
     assert make(PreprocessJob, 'stages=["index"]', text=text).stages == ("index",)
     with pytest.raises(JobError, match=r"vae.path: the latents stage needs"):
         make(PreprocessJob, "latents=/l", "text.seed=0", text=text)
+
+
+@pytest.mark.parametrize("root", ["", "s3://bucket/"])
+def test_outputs_have_folders_of_their_own_outside_the_sources(make, root):
+    place = lambda **paths: [f"{name}={root}{path}" for name, path in paths.items()]  # noqa: E731
+    inside = wrong(make, PreprocessJob, *place(latents="images/made/latents"), f"source.path={root}images")
+    assert re.search("latents: .*images/made/latents lies in the source .*images, which would be found", inside)
+    assert "index: " in wrong(make, PreprocessJob, *place(index="images/"), f"source.path={root}images")
+    alike = wrong(make, PreprocessJob, *place(index="made", latents="made/"))
+    assert re.search("made/? is (latents|index) as well", alike)
+    beside = [*place(index="images-index", latents="images.latents"), f"source.path={root}images"]
+    assert make(PreprocessJob, *beside).index.endswith("images-index")
+    assert make(PreprocessJob, *place(index="images/index"), f"source.path={root}images/0.tar")
+
+
+def test_the_longest_caption_is_no_shorter_than_the_shortest(make):
+    limits = ["filters.min_caption_characters=10", "filters.max_caption_characters=9"]
+    assert "filters.max_caption_characters: 9 is below" in wrong(make, PreprocessJob, *limits)

@@ -1,5 +1,6 @@
 """From inputs to index rows without a cluster: measuring, filtering, and the verdict on duplicates."""
 
+import errno
 import io
 import itertools
 import random
@@ -206,10 +207,35 @@ def test_a_name_that_no_file_has_is_a_verdict_and_not_the_end_of_the_job(index, 
     assert sorted(map(str, reasons(rows).values())) == ["None", "unreadable"]
 
 
-def test_an_error_of_the_storage_is_not_a_verdict(tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/dev/null/a.png",
+        "/" + "x" * 300,
+        "/nul\0.png",
+        "s3://bucket",
+        "s3://bucket/",
+        "s3:///a.png",
+        "s3://bucket/a//b.png",
+    ],
+)
+def test_an_absolute_name_that_no_file_can_have_is_a_verdict(tmp_path, name):
+    inputs = input_row(name)
+    inputs = inputs.set_column(inputs.schema.get_field_index("file"), "file", pa.array([name]))
+    (row,) = measure(inputs, originals(tmp_path), FilterConfig()).to_pylist()
+    assert (row["reject_reason"], row["id"]) == (Reject.UNREADABLE, None)
+    assert str(tmp_path) not in row["reject_detail"]
+
+
+def test_an_error_of_the_storage_is_not_a_verdict(tmp_path, monkeypatch):
     """A listed file whose read fails otherwise than by being gone: recorded, it would stay rejected for ever."""
-    with pytest.raises(OSError, match="too long"):
-        measure(input_row("x" * 300), originals(tmp_path), FilterConfig())
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "input or output")
+
+    monkeypatch.setattr("pipelines.storage.opened", fail)
+    with pytest.raises(OSError, match="input or output"):
+        measure(input_row("a.png"), originals(tmp_path), FilterConfig())
 
 
 def test_a_file_that_went_since_it_was_listed_is_unreadable(tmp_path):

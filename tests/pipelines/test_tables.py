@@ -183,7 +183,10 @@ def test_a_damaged_parquet_file_is_an_input_with_its_problem(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"compression": "lz4"}, "compressed with LZ4"), ({"column_encoding": "DELTA_LENGTH_BYTE_ARRAY"}, "number 6")],
+    [
+        ({"compression": "lz4"}, "compressed with LZ4"),
+        ({"column_encoding": "DELTA_LENGTH_BYTE_ARRAY"}, "DELTA_LENGTH_BYTE_ARRAY, is not read"),
+    ],
 )
 def test_a_parquet_layout_that_is_not_read_is_refused_by_name(tmp_path, options, words):
     pq.write_table(
@@ -191,6 +194,18 @@ def test_a_parquet_layout_that_is_not_read_is_refused_by_name(tmp_path, options,
     )
     with pytest.raises(ValueError, match=words):
         inputs(source(tmp_path))
+
+
+def test_a_page_that_claims_an_encoding_which_its_column_has_not_is_damage(tmp_path):
+    table = pa.table({"image": contents(9), "caption": ["c"] * 9})
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
+    chunk = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0)
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    told = data.index(b"\x2c\x15\x12\x15\x00", chunk.data_page_offset)  # a data page's 9 values, and PLAIN
+    data[told + 4] = 2 * 6
+    (tmp_path / "a.parquet").write_bytes(data)
+    ((name, _, problem),) = listed(source(tmp_path))
+    assert (name, "claims the encoding number 6" in problem) == ("a.parquet", True)
 
 
 @pytest.mark.parametrize("kind", ["struct", "binary", "large_binary"])

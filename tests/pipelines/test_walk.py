@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from pipelines.walk import files_below
+from pipelines.walk import files_below, opened
 
 
 def names(folder: Path) -> list[str]:
@@ -35,13 +35,25 @@ def test_links_are_followed_and_none_of_them_leads_round(tmp_path):
     for link, to in {"c.png": "one/b.png", "other": "../elsewhere", "one/up": "..", "self": "self"}.items():
         (folder / link).symlink_to(to)
     (tmp_path / "elsewhere/back").symlink_to(folder)
-    assert names(folder) == ["c.png", "one/b.png", "other/a.png"]
+    assert names(folder) == ["c.png", "one/b.png", "other/a.png", "self"]  # which cannot be read
 
 
 def test_a_link_to_what_is_not_there_is_a_file_and_a_pipe_is_none(tmp_path):
     (tmp_path / "gone.png").symlink_to("nowhere.png")
     os.mkfifo(tmp_path / "pipe.png")
     assert names(tmp_path) == ["gone.png"]
+
+
+def test_a_link_that_leads_through_a_file_or_to_itself_is_a_file_that_is_not_there(tmp_path):
+    (tmp_path / "a.png").touch()
+    for link, to in {"through.png": "a.png/x", "round.png": "round.png", "long.png": "n" * 300}.items():
+        (tmp_path / link).symlink_to(to)
+    assert names(tmp_path) == ["a.png", "long.png", "round.png", "through.png"]
+    for name in ("long.png", "round.png", "through.png", "gone.png", "a.png/x", "n" * 300, "n\0.png"):
+        with pytest.raises(FileNotFoundError):
+            opened(str(tmp_path / name))
+    with opened(str(tmp_path / "a.png")) as file:
+        assert file.read() == b""
 
 
 def test_a_name_that_is_no_text_is_written_with_the_numbers_of_its_bytes(tmp_path):

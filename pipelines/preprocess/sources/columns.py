@@ -42,7 +42,8 @@ class Records:
         self._numbers: dict[str, list[float | None]] = {name: [] for name in self._scores}
 
     def add(self, row: Mapping[str, Any], where: str, numbers_are_text: bool = False) -> None:
-        """Take one. Raises ValueError for a score that is no number, and for what is no caption."""
+        """Take one. A score that is NaN is none. Raises ValueError for one that is no number, and for what is no
+        caption."""
         self._captions.add(row, where, numbers_are_text)
         for name, column in self._scores.items():
             self._numbers[name].append(_number(row.get(column), column, where, numbers_are_text))
@@ -102,6 +103,8 @@ def _number(value: Any, column: str, where: str, is_text: bool) -> float | None:
     if is_text:
         with suppress(ValueError):
             value = float(value)
+    if isinstance(value, float) and math.isnan(value):
+        return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{where}: {column} is {value!r}, and a number was expected")
     return float(value)

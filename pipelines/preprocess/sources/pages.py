@@ -22,6 +22,7 @@ from pipelines.spans import CODECS, SNAPPY, read_varint, starts, unpacked_page
 KIND, UNPACKED_BYTES, PACKED_BYTES, DATA, DICTIONARY, DATA_V2 = 1, 2, 3, 5, 7, 8  # fields of a page's header
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3  # kinds of pages
 PLAIN, PLAIN_DICTIONARY, RLE_DICTIONARY = 0, 2, 8  # encodings
+NOT_READ = {6: "DELTA_LENGTH_BYTE_ARRAY", 7: "DELTA_BYTE_ARRAY"}  # encodings that bytes can have as well
 HEADER_BYTES = (256, 2**12, 2**16, 2**20)  # how much is read for a header, until it is whole
 
 
@@ -58,7 +59,8 @@ def places(parquet: pq.ParquetFile, file: io.BufferedReader, leaf: str, where: s
         first = chunk.data_page_offset
         if chunk.dictionary_page_offset is not None:
             first = min(first, chunk.dictionary_page_offset)
-        yield from _Chunk(file, codec, column.max_definition_level, f"{where}: {leaf}").places(first, chunk.num_values)
+        there = _Chunk(file, codec, column.max_definition_level, chunk.encodings, f"{where}: {leaf}")
+        yield from there.places(first, chunk.num_values)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class _Chunk:
     codec: str | None
     most: int
     """Definition level of a value that is there."""
+    encodings: tuple[str, ...]
+    """Those that the file's own description gives its pages."""
     where: str
 
     def places(self, offset: int, rows: int) -> Iterator[Place | None]:
@@ -109,8 +113,10 @@ class _Chunk:
         elif encoding in (PLAIN_DICTIONARY, RLE_DICTIONARY):
             width = page.data[begin] if values else 0
             found = [dictionary[entry] for entry in _numbers(page.data, begin + 1, width, values)]
+        elif NOT_READ.get(encoding) in self.encodings:
+            raise ValueError(f"{self.where}: its encoding, {NOT_READ[encoding]}, is not read; write it with PLAIN")
         else:
-            raise ValueError(f"{self.where}: its encoding, number {encoding}, is not read; write it with PLAIN")
+            raise OSError(f"{self.where}: a page claims the encoding number {encoding}, which is none of its column's")
         following = iter(found)
         return (next(following) if there else None for there in present)
 

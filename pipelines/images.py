@@ -42,7 +42,9 @@ UPRIGHT_BY = {  # what brings an image of each EXIF orientation upright
 }
 TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # those that swap height and width
 ORIENTATION_TAG = 0x0112
+BITS_TAG, PHOTOMETRIC_TAG = 258, 262  # of TIFF
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L")
+STEPS = {"L;2": 85, "L;4": 17}  # of 255 between two shades of a PNG with few; its transparent one is told by number
 UNREADABLE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)
 """A file that is not to be had. Any other error of a read is the storage's, and says nothing of the image."""
 
@@ -94,9 +96,11 @@ def decode_reduced(data: bytes, max_pixels: int, wanted: Size | None) -> tuple[I
         scale = _scale(image, wanted) if wanted is not None and image.format == "JPEG" else 1
         if scale > 1:
             image.draft(None, (image.width // scale, image.height // scale))
+        shades = _shades(image)
         image.load()
+        stored = _to_eight_bits(image, shades)
         turn = UPRIGHT_BY.get(_orientation(image))
-        upright = image if turn is None else image.transpose(turn)
+        upright = stored if turn is None else stored.transpose(turn)
         profile = image.info.get("icc_profile")
     return _to_rgb(upright, profile), scale
 
@@ -144,12 +148,6 @@ def _scale(image: Image.Image, wanted: Size) -> int:
 
 
 def _to_rgb(upright: Image.Image, profile: bytes | None) -> Image.Image:
-    if upright.mode in SIXTEEN_BITS:
-        upright = _to_eight_bits(upright)
-    if upright.mode == "I":
-        upright = upright.point(lambda value: value / 256).convert("L")  # Pillow itself would clip
-    if upright.mode == "F":
-        raise ValueError("floating-point pixels, and nothing says which value is white")
     if upright.has_transparency_data:
         layer = upright.convert("RGBA")
         colours = layer.convert("L" if upright.mode in ("L", "LA") else "RGB")
@@ -158,13 +156,36 @@ def _to_rgb(upright: Image.Image, profile: bytes | None) -> Image.Image:
     return _to_srgb(upright.convert("RGB") if upright.mode == "P" else upright, profile)
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16 bits of gray as their upper eight, and what they call transparent as white."""
-    gray = np.asarray(image)
-    upper = (gray >> 8).astype(np.uint8)
+def _shades(image: Image.Image) -> str | None:
+    """How a PNG that is not loaded yet stores a pixel, in Pillow's words: its mode does not tell the number of bits."""
+    tiles = image.tile if image.format == "PNG" else ()  # type: ignore[attr-defined]
+    return tiles[0].args if tiles else None
+
+
+def _to_eight_bits(image: Image.Image, shades: str | None) -> Image.Image:
+    """The loaded image in a mode of eight bits, its transparent colour in the same."""
+    if image.mode in ("I", "F"):
+        raise ValueError("signed, 32-bit or floating-point pixels, and nothing says which value is white")
+    if image.mode in SIXTEEN_BITS:
+        return _upper_bits(image)
+    transparent = image.info.get("transparency")
+    if shades in STEPS and isinstance(transparent, int):
+        image.info["transparency"] = transparent * STEPS[shades]
+    if shades == "RGB;16B" and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    return image
+
+
+def _upper_bits(image: Image.Image) -> Image.Image:
+    """12 or 16 bits of gray as their upper eight, and what they call transparent as white."""
+    gray, bits, white_is_zero = np.asarray(image), 16, False
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        bits, white_is_zero = tags[BITS_TAG][0], tags.get(PHOTOMETRIC_TAG, 0) == 0  # as Pillow reads eight bits
+    upper = (gray >> (bits - 8)).astype(np.uint8)
     if isinstance(transparent := image.info.get("transparency"), int):
         upper[gray == transparent] = 255
-    return Image.fromarray(upper)
+    return Image.fromarray(255 - upper if white_is_zero else upper)
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

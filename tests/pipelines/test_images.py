@@ -105,6 +105,48 @@ def test_of_sixteen_bits_only_the_very_value_is_transparent(transparent, expecte
     assert pixels(data)[0, :, 0].tolist() == expected
 
 
+@pytest.mark.parametrize(("bits", "row"), [(2, b"\x1b"), (4, b"\x05\xaf")])
+def test_of_few_shades_the_transparent_one_is_told_by_its_number(bits, row):
+    shades, step = ([0, 1, 2, 3], 85) if bits == 2 else ([0, 5, 10, 15], 17)
+    for place, transparent in enumerate(shades):
+        data = png(4, 1, bits, b"\0" + row, colours=0, before=chunk(b"tRNS", struct.pack(">H", transparent)))
+        expected = [shade * step for shade in shades]
+        expected[place] = 255
+        assert pixels(data)[0, :, 0].tolist() == expected
+
+
+def test_of_sixteen_bits_of_each_colour_the_transparent_one_is_told_by_upper_bytes():
+    row = struct.pack(">6H", 258, 515, 772, 1258, 515, 772)
+    data = png(2, 1, 16, b"\0" + row, before=chunk(b"tRNS", struct.pack(">3H", 258, 515, 772)))
+    assert pixels(data).tolist() == [[[255, 255, 255], [4, 2, 3]]]
+
+
+def tiff(pixels: bytes, bits: int, photometric: int = 1, sample_format: int = 1) -> bytes:
+    """A TIFF of one row of four gray pixels."""
+    fields = {256: 4, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: 1, 279: len(pixels)}
+    fields[339] = sample_format
+    fields[273] = 8 + 2 + 12 * len(fields) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(fields.items()))
+    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + bytes(4) + pixels
+
+
+def test_a_tiff_of_sixteen_bits_whose_white_is_zero_is_turned_over():
+    row = struct.pack("<4H", 0, 255, 32_768, 65_535)
+    assert pixels(tiff(row, 16))[0, :, 0].tolist() == [0, 0, 128, 255]
+    assert pixels(tiff(row, 16, photometric=0))[0, :, 0].tolist() == [255, 255, 127, 0]
+
+
+def test_a_tiff_of_twelve_bits_reaches_white():
+    assert pixels(tiff(bytes.fromhex("000 010 800 fff".replace(" ", "")), 12))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(("bits", "sample_format"), [(16, 2), (32, 1), (32, 2), (32, 3)])
+def test_signed_and_wide_pixels_are_refused_because_nothing_says_what_white_is(bits, sample_format):
+    data = tiff(bytes(4 * bits // 8), bits, sample_format=sample_format)
+    with pytest.raises(ValueError, match="nothing says which value is white"):
+        decode(data, MAX_PIXELS)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_one_bit_becomes_black_and_white(kind):
     image = Image.fromarray(np.array([[False, True]]))
@@ -143,11 +185,6 @@ def test_a_palette_becomes_its_colours(kind):
     image = Image.fromarray(np.array([[0, 1], [1, 2]], np.uint8), "P")
     image.putpalette([10, 20, 30, 200, 100, 0, 0, 0, 255])
     assert pixels(encoded(image, kind)).tolist() == [[[10, 20, 30], [200, 100, 0]], [[200, 100, 0], [0, 0, 255]]]
-
-
-def test_floats_are_refused_because_nothing_says_what_white_is():
-    with pytest.raises(DECODE_ERRORS):
-        decode(encoded(Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32)), "TIFF"), MAX_PIXELS)
 
 
 def test_a_profile_is_converted_to_srgb():

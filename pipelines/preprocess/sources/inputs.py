@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from pipelines.captions import TEXTS, WEIGHTS
 from pipelines.schema import PLACE, SCORES, Column, row_digests
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+IMAGE_SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib")
+IMAGE_SUFFIXES += (".tif", ".tiff", ".avif")
 IMAGE_NAME = r"\.(" + "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES) + ")$"
 
 STAMP = "stamp"  # size and modification time of the files that the row was found in; null: of FILE, yet to be looked up

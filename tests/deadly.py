@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import re
 from pathlib import Path
@@ -14,7 +15,9 @@ import pyarrow as pa
 from pipelines.preprocess import crop as crop_module
 from pipelines.preprocess import measure as module
 
-SEGFAULT, HANG, ONCE = (f"mark of {name}".encode() for name in ("a segfault", "a hang", "one death"))
+SEGFAULT, HANG, ONCE, CROWDED = (
+    f"mark of {name}".encode() for name in ("a segfault", "a hang", "one death", "a task without memory")
+)
 FACTS, READ_CROPS = module.facts, crop_module.read_crops
 
 
@@ -24,6 +27,8 @@ def obey(data: bytes) -> None:
         ctypes.string_at(0)
     if HANG in data:
         re.match(r"(a+)+$", "a" * 64 + "b")  # in C, for years, with the interpreter's lock held
+    if CROWDED in data and multiprocessing.parent_process() is None:
+        raise MemoryError
     if ONCE in data:
         witness = Path(data.partition(ONCE)[2].decode())
         if not witness.exists():

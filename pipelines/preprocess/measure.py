@@ -65,7 +65,10 @@ def measure(
 
 
 def facts(data: bytes, max_pixels: int) -> dict[str, Any]:
-    """What the bytes of an image alone say: original size and looks, or why they cannot be had."""
+    """What the bytes of an image alone say: original size and looks, or why they cannot be had.
+
+    Raises MemoryError.
+    """
     known: dict[str, Any] = {}
     try:
         height, width = header_size(data)
@@ -80,9 +83,8 @@ def facts(data: bytes, max_pixels: int) -> dict[str, Any]:
         seen = looks(image)
         if scale > 1 and seen[Column.DISTINCT_PIXELS] < MOST_DISTINCT:
             seen = looks(decode(data, max_pixels))  # an average may hide what is small
-    except MemoryError:
-        detail = "it takes more memory than its process may have"
-        return known | {Column.REJECT_REASON: Reject.KILLS_DECODER, Column.REJECT_DETAIL: detail}
+    except MemoryError:  # says something of the image only where its process has a known amount: quarantine.py
+        raise
     except DECODE_ERRORS as error:
         detail = f"{type(error).__name__}: {error}"[:500]
         return known | {Column.REJECT_REASON: Reject.UNREADABLE, Column.REJECT_DETAIL: detail}

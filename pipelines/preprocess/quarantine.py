@@ -43,28 +43,42 @@ class ChildStartError(Exception):
 def decoding(attempt: int | None, max_pixels: int) -> Iterator[Decode]:
     """How the threads of a task call decoders, at its first (0), its second (1) or a further `attempt`.
 
-    None stands for no task that would be started again: nothing is watched. From the second attempt on, functions and
-    arguments have to be picklable, and raise DecoderKilledError for what kills.
+    None stands for no task that would be started again: nothing is watched. Functions and arguments have to be
+    picklable, for a child; what kills it raises DecoderKilledError.
     """
     if attempt is None:
         yield _call
         return
-    if attempt == 0:
-        watch = _Watch()
-        try:
-            yield watch.call
-        finally:
-            watch.end()
-        return
-    logging.getLogger(__name__).warning(
-        "a block of images is at attempt %d, since its process died: each image is decoded in a child process",
-        attempt + 1,
-    )
     child = _Child(SPARE_BYTES + BYTES_PER_PIXEL * max_pixels)
     try:
+        if attempt == 0:
+            with _watch(child) as call:
+                yield call
+            return
+        logging.getLogger(__name__).warning(
+            "a block of images is at attempt %d, since its process died: each image is decoded in a child process",
+            attempt + 1,
+        )
         yield child.call
     finally:
         child.end()
+
+
+@contextmanager
+def _watch(child: _Child) -> Iterator[Decode]:
+    """Calls in the threads of this process, watched; what it has no memory left for is called in the child."""
+    watch = _Watch()
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return watch.call(function, *arguments)
+        except MemoryError:
+            return child.call(function, *arguments)
+
+    try:
+        yield call
+    finally:
+        watch.end()
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -128,6 +142,8 @@ class _Child:
                 except (EOFError, ConnectionError):
                     end = self.end()
                     continue
+                if isinstance(error, MemoryError):
+                    raise DecoderKilledError("it takes more memory than its process may have") from error
                 if error is not None:
                     raise error
                 return result

@@ -76,6 +76,15 @@ def test_an_image_that_takes_too_much_memory_does_not_take_the_machines(tmp_path
     assert "more memory" in found["large.png"]["reject_detail"]
 
 
+def test_that_a_task_has_no_memory_left_is_no_fault_of_an_image(tmp_path):
+    files = {"crowded.png": png(30, deadly.CROWDED), "small.png": png(50)}
+    found = rows(tmp_path, files, attempt=0)
+    assert [(row["original_size"], row["reject_reason"]) for row in found.values()] == [
+        ([30, 30], None),
+        ([50, 50], None),
+    ]
+
+
 @pytest.mark.parametrize("hang", ["deadly.obey, deadly.HANG", "time.sleep, 60"])  # with the lock held, and without
 def test_a_task_whose_decoder_hangs_ends_and_says_where(hang):
     program = (

@@ -164,6 +164,14 @@ def test_a_caption_may_lie_beside_its_image(folder):
     assert captions(folder) == {"a.png": "ein Kätzchen", "deep/b.tar.webp": "two", "c.jpg": None}
 
 
+def test_the_file_beside_may_have_its_suffix_in_capital_letters(folder):
+    put(folder, "a.JPG", "b.png")
+    put(folder, "a.TXT", data=b"one")
+    put(folder, "b.TXT", data=b"not this")
+    put(folder, "b.txt", data=b"two")
+    assert captions(folder) == {"a.JPG": "one", "b.png": "two"}
+
+
 def test_metadata_goes_before_the_file_beside(folder):
     put(folder, "a.png", "b.png")
     put(folder, "a.txt", "b.txt", data=b"beside")
@@ -270,6 +278,7 @@ def test_a_named_column_has_to_be_there_and_none_can_be_named(folder):
     ("line", "words"),
     [
         ('{"file_name": "b.png", "caption"', "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ('["b.png", "a cat"]', "file_name"),
         ('{"caption": "a cat"}', "file_name"),
         ('{"file_name": 3, "caption": "a cat"}', "file_name"),

@@ -41,8 +41,10 @@ def test_a_mark_of_the_coding_is_no_part_of_a_tars_texts(tmp_path):
 def test_of_several_images_in_a_sample_one_has_to_be_named(tmp_path):
     one, two = contents(2)
     write_tar(tmp_path / "a.tar", [("1.seg.png", one), ("1.jpg", two), ("1.txt", b"one")])
-    ((_, _, problem),) = listed(source(tmp_path))
-    assert problem == "the sample has several images, seg.png, jpg: name one in columns.image"
+    several = "the sample 1 has several images, seg.png, jpg: name one in columns.image"
+    rows = listed(source(tmp_path))
+    assert [(path, caption) for path, caption, _ in rows] == [("a.tar/1.seg.png", "one"), ("a.tar/1.jpg", "one")]
+    assert all(problem.startswith(several) for *_, problem in rows)
     assert listed(source(tmp_path, image="jpg")) == [("a.tar/1.jpg", "one", two)]
     with pytest.raises(ValueError, match=r"source.columns.image is 'webp', and there is only seg.png, jpg"):
         inputs(source(tmp_path, image="webp"))
@@ -91,10 +93,68 @@ def test_odd_members_are_problems_of_their_own_sample(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
         tar.addfile(tarfile.TarInfo("4\udcff.jpg"))
-    assert [caption for _, caption, _ in listed(source(tmp_path, caption=""))] == [None] * 4
-    problems = [problem for _, _, problem in listed(source(tmp_path, caption=""))]
+    rows = listed(source(tmp_path, caption=""))
+    assert [caption for _, caption, _ in rows] == [None] * 5
+    assert [path for path, *_ in rows[:4]] == ["a.tar/1.jpg", "a.tar/2.jpg", "a.tar/2.jpg (2)", "a.tar/3"]
+    problems = [problem for *_, problem in rows]
     assert problems[0].startswith("1.json is not JSON")
-    assert problems[1:] == ["2.jpg is there twice", "3.jpg is a link or has holes", b""]
+    twice = "the sample 2 has several images of the suffix jpg"
+    assert problems[1:] == [twice, twice, "3.jpg is a link or has holes", b""]
+
+
+def test_no_image_of_names_with_further_dots_is_lost(tmp_path):
+    images = contents(3)
+    write_tar(tmp_path / "a.tar", [(f"img.{n}.jpg", image) for n, image in enumerate(images)])
+    assert [path for path, *_ in listed(source(tmp_path, caption=""))] == [f"a.tar/img.{n}.jpg" for n in range(3)]
+    assert [problem[:66] for *_, problem in listed(source(tmp_path, caption=""))] == [
+        "the sample img has several images, 0.jpg, 1.jpg, 2.jpg: name one in"[:66]
+    ] * 3
+    write_tar(tmp_path / "a.tar", [(f"img.{n}.jpg", image) for n, image in enumerate(images)] + [("1.jpg", b"x")])
+    missing = ("a.tar/img", None, "the sample has no image jpg, only 0.jpg, 1.jpg, 2.jpg")
+    assert listed(source(tmp_path, image="jpg", caption="")) == [missing, ("a.tar/1.jpg", None, b"x")]
+
+
+def test_suffixes_count_in_capital_letters_too(tmp_path):
+    write_tar(
+        tmp_path / "A.TAR", [("1.JPG", b"x"), ("1.TXT", b"one"), ("2.Jpg", b"y"), ("2.JSON", b'{"caption": "b"}')]
+    )
+    assert listed(source(tmp_path, image="jpg")) == [("A.TAR/1.JPG", "one", b"x"), ("A.TAR/2.Jpg", "b", b"y")]
+
+
+def test_json_that_is_nested_too_deep_is_a_problem_of_its_sample(tmp_path):
+    write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.json", b"[" * 100_000), ("2.jpg", b"y")])
+    (_, _, problem), (_, _, image) = listed(source(tmp_path, caption=""))
+    assert problem.startswith("1.json is not JSON")
+    assert image == b"y"
+
+
+def test_tars_that_were_appended_to_each_other_are_read_to_the_last(tmp_path):
+    one, two, three = contents(3)
+    parts = []
+    for image, words in ((one, b"one"), (two, b"two"), (three, b"three")):
+        write_tar(tmp_path / "a.tar", [("1.jpg", image), ("1.txt", words)])
+        parts.append((tmp_path / "a.tar").read_bytes())
+    (tmp_path / "a.tar").write_bytes(b"".join(parts) + bytes(70_000))
+    assert listed(source(tmp_path)) == [
+        ("a.tar/1.jpg", words, image) for image, words in zip((one, two, three), ("one", "two", "three"), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("garbage", [b"x", b"no tar " * 200])
+def test_what_follows_a_tars_end_and_is_none_is_said(tmp_path, garbage):
+    write_tar(tmp_path / "a.tar", [("1.jpg", b"x")])
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole + bytes(512) + garbage)
+    image, (path, _, problem) = listed(source(tmp_path, caption=""))
+    assert (image, path) == (("a.tar/1.jpg", None, b"x"), "a.tar")
+    assert problem == f"what follows the tar's end mark, from byte {len(whole) + 512} on, is no tar, and unknown"
+
+
+def test_of_appended_tars_problems_of_one_name_are_rows_of_their_own(tmp_path):
+    write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.json", b"{"), ("2.txt", b"words")])
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes() * 2)
+    found = [path for path, *_ in listed(source(tmp_path, caption=""))]
+    assert found == ["a.tar/1.jpg", "a.tar/2", "a.tar/1.jpg (2)", "a.tar/2 (2)"]
 
 
 def test_a_tars_json_may_have_a_list_of_captions_and_its_text_one_in_each_line(tmp_path):

@@ -32,6 +32,7 @@ from pipelines.schema import Column
 from pipelines.storage import Storage
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+TEXT_SUFFIXES = (".txt", ".TXT")  # the first counts, where both are there
 FILE_NAME = "file_name"  # the column that the convention gives the image's place, below the metadata file's folder
 
 
@@ -53,8 +54,9 @@ def list_folder(source: Storage, files: pa.Table, config: SourceConfig) -> pa.Ta
     paths = paths.take(pc.sort_indices(paths))
     told = records.table().take(pc.index_in(paths, pa.array(described, pa.string())))
     place = pc.index_in(paths, names)
-    sidecars = pc.replace_substring_regex(paths, r"\.[^./]*$", "")
-    beside = pc.index_in(pc.binary_join_element_wise(sidecars, ".txt", ""), names)
+    stems = pc.replace_substring_regex(paths, r"\.[^./]*$", "")
+    texts = (pc.index_in(pc.binary_join_element_wise(stems, suffix, ""), names) for suffix in TEXT_SUFFIXES)
+    beside = pc.coalesce(*texts)
     untold = pc.equal(pc.fill_null(pc.list_value_length(told.column(Column.CAPTIONS)), 0), 0)
     beside = pc.if_else(untold, beside, None)
     stamps = stamps_of(files)
@@ -119,7 +121,7 @@ def _json_rows(data: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line.decode("utf-8"))
-        except ValueError as error:  # of the encoding, or of the syntax
+        except (ValueError, RecursionError) as error:  # of the encoding, of the syntax, or nested too deep
             raise ValueError(f"{where}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f'{where}, line {number}: "{FILE_NAME}" is missing')
@@ -152,6 +154,6 @@ def _csv_rows(data: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv_value(field: str) -> Any:
     if field.startswith("["):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             return json.loads(field)
     return field or None

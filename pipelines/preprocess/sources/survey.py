@@ -21,7 +21,7 @@ SUFFIXES = {"webdataset": ".tar", "parquet": ".parquet", "huggingface": ".arrow"
 PACKED_TAR = r"\.(tar\.(gz|bz2|xz|zst)|tgz)$"
 STATE, SPLITS = "state.json", "dataset_dict.json"  # what Hugging Face's datasets write beside a saved dataset
 LISTINGS = "listings"  # folder of the index in which the lists of containers are kept
-LISTING_VERSION = 2  # raised when lists of containers change; 2 has keys
+LISTING_VERSION = 3  # raised when lists of containers change; 2 has keys, 3 each image of a sample with several
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def survey(config: SourceConfig, options: StorageOptions) -> Survey:
     kind = _kind(config, files.column("name"), single)
     if kind == "folder":
         return Survey(config, kind, files, ())
-    found = files.filter(pc.ends_with(files.column("name"), SUFFIXES[kind]))
+    found = files.filter(pc.ends_with(pc.utf8_lower(files.column("name")), SUFFIXES[kind]))
     if kind == "huggingface":
         found = files.filter(pc.is_in(files.column("name"), _saved_files(config, storage, files.column("name"))))
     if not found.num_rows:

@@ -1,10 +1,13 @@
-"""A tar of samples (WebDataset; img2dataset's output) as a source: members that share a name up to its first dot."""
+"""Tars of samples (WebDataset; img2dataset's output) as a source: members that share a name up to its first dot."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import tarfile
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,44 +24,59 @@ MOST_TEXT_BYTES = 2**24  # of a .txt or .json member
 TEXT, JSON = "txt", "json"
 
 
+@dataclass(frozen=True)
+class Member:
+    """An image in a tar, and where it lies."""
+
+    suffix: str  # what follows the first dot of its name, in small letters
+    name: str
+    offset: int
+    size: int
+
+
 @dataclass
 class Sample:
-    """The members of one sample, by what follows the first dot of their names."""
+    """What a sample's members hold."""
 
-    images: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # name, offset, bytes
+    images: list[Member] = field(default_factory=list)
     told: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
 
 
+Samples = dict[tuple[int, str], Sample]  # by the number of the tar in its file, and what their names share
+
+
 def list_tar(source: Storage, name: str, size: int, config: SourceConfig) -> pa.Table:
-    """The inputs of one tar without keys, in the order of its samples.
+    """The inputs of one file of tars without keys, in the order of its samples. Most files are one tar; those that
+    were appended to each other are read to the last, and what two of them call the same is not.
 
     What breaks off, or is no tar, is an input with its problem. Raises ValueError where a column is missing.
     """
     where = f"{source.uri.rstrip('/')}/{name}"
-    samples: dict[str, Sample] = {}
+    samples: Samples = {}
     problem = _read_samples(source, name, size, samples)
     records, rows, captions = Records(config.columns), [], caption_columns(config.columns)
     fields: dict[str, None] = {}
-    for key, sample in samples.items():
+    troubled: Counter[str] = Counter()  # a row with a problem has no place: its path alone tells it from others
+    for (_, key), sample in samples.items():
         told = {column: None if _is_nan(value) else value for column, value in sample.told.items()}
         fields |= dict.fromkeys(told)
         if TEXT in told and config.columns.caption_per_line:
             told[TEXT] = lines_of(str(told[TEXT]))
         if TEXT in told and captions and all(told.get(column) is None for column in captions):
             told[next(iter(captions))] = told[TEXT]
-        image, wrong = _choose(sample, config.columns.image)
-        path = f"{name}/{image[0] if image else key}"
-        records.add(told, f"{where}, {key}")
-        rows.append({Column.PATH: path, PROBLEM: wrong, **(_place(name, *image[1:]) if image and not wrong else {})})
+        for row in _sample_rows(name, key, sample, config.columns.image):
+            records.add(told, f"{where}, {key}")
+            if row.get(PROBLEM) is not None:
+                troubled[path := row[Column.PATH]] += 1
+                row[Column.PATH] += f" ({troubled[path]})" if troubled[path] > 1 else ""
+            rows.append(row)
     if TEXT in fields:
         fields["caption"] = None  # the default name stands for the text beside the image too
     if samples and problem is None:  # what a part of a tar lacks may be in the rest
         check_columns(fields, config.columns, where)
-        if config.columns.image is not None and config.columns.image not in (there := _suffixes(samples)):
-            raise ValueError(
-                f"{where}: source.columns.image is {config.columns.image!r}, and there is only {listed(there)}"
-            )
+        if (image := config.columns.image) is not None and image.lower() not in (there := _suffixes(samples)):
+            raise ValueError(f"{where}: source.columns.image is {image!r}, and there is only {listed(there)}")
     if problem is not None:
         records.add({}, where)
         rows.append({Column.PATH: name, PROBLEM: problem})
@@ -67,40 +85,54 @@ def list_tar(source: Storage, name: str, size: int, config: SourceConfig) -> pa.
     return listed_table(len(rows), **columns, **{key: described.column(key) for key in described.column_names})
 
 
-def _read_samples(source: Storage, name: str, size: int, samples: dict[str, Sample]) -> str | None:
-    """Fill `samples` with a tar's members; gives what was wrong with the tar, if anything was."""
+def _read_samples(source: Storage, name: str, size: int, samples: Samples) -> str | None:
+    """Fill `samples` with the members of a file's tars; gives what was wrong, if anything was."""
     file = source.stream(name, size)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.size < 0 or member.offset_data + member.size > size:
-                    return f"the tar breaks off in {member.name}, and what follows is unknown"
-                _take(tar, member, samples)
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-            end = tar.offset
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # StorageError is none of these
-        return f"the tar cannot be read to its end, and what follows is unknown: {error}"
-    file.seek(min(end, size))
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        return f"the tar breaks off at byte {end}, and what follows is unknown"
+    start, number = 0, 0
+    while True:
+        file.seek(start)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    if member.size < 0 or member.offset_data + member.size > size:
+                        return f"the tar breaks off in {member.name}, and what follows is unknown"
+                    _take(tar, member, number, samples)
+                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                end = tar.offset
+        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # StorageError is none of these
+            return f"the tar cannot be read to its end, and what follows is unknown: {error}"
+        file.seek(min(end, size))
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            if number and end == start:
+                return f"what follows the tar's end mark, from byte {start} on, is no tar, and unknown"
+            return f"the tar breaks off at byte {end}, and what follows is unknown"
+        following = _following(file)
+        if following is None:
+            return None
+        start, number = following, number + 1
+
+
+def _following(file: io.BufferedReader) -> int | None:
+    """Where the next block lies that is not all zeros; None where there is none."""
+    while block := file.read(tarfile.BLOCKSIZE):
+        if block.strip(b"\0"):
+            return file.tell() - len(block)
     return None
 
 
-def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, Sample]) -> None:
+def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, number: int, samples: Samples) -> None:
     name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
-    is_image = f".{suffix.lower()}".endswith(IMAGE_SUFFIXES)
+    suffix = suffix.lower()
+    is_image = f".{suffix}".endswith(IMAGE_SUFFIXES)
     if member.isdir() or not (is_image or suffix in (TEXT, JSON)):
         return
-    key = f"{folder}{slash}{stem}"
-    sample = samples.setdefault(key, Sample())
+    sample = samples.setdefault((number, f"{folder}{slash}{stem}"), Sample())
     if not member.isreg() or member.issparse():
         sample.problem = f"{name} is a link or has holes"
-    elif is_image and suffix in sample.images:
-        sample.problem = f"{name} is there twice"
     elif is_image:
-        sample.images[suffix] = (name, member.offset_data, member.size)
+        sample.images.append(Member(suffix, name, member.offset_data, member.size))
     elif member.size > MOST_TEXT_BYTES:
         sample.problem = f"{name} has {member.size} bytes"
     else:
@@ -109,32 +141,38 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, Samp
         text = text_of(content.read())
         try:
             found = {TEXT: text} if suffix == TEXT else json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             sample.problem = f"{name} is not JSON: {error}"
             return
         if isinstance(found, dict):
             sample.told |= found
 
 
-def _choose(sample: Sample, suffix: str | None) -> tuple[tuple[str, int, int] | None, str | None]:
-    """The sample's image (name, offset, bytes), and what is wrong, if anything is."""
-    images = sample.images
-    chosen = images.get(suffix) if suffix else next(iter(images.values()), None)
-    if sample.problem:
-        return chosen, sample.problem
-    if chosen is None:
-        return None, f"the sample has no image {suffix or ''}".rstrip()
-    if suffix is None and len(images) > 1:
-        return chosen, f"the sample has several images, {', '.join(images)}: name one in columns.image"
-    return chosen, None
+def _sample_rows(name: str, key: str, sample: Sample, suffix: str | None) -> Iterator[dict[str, Any]]:
+    """A row for the sample's image; for each, with its problem, where it has several and which is meant is unknown."""
+    images = [image for image in sample.images if suffix is None or image.suffix == suffix.lower()]
+    there = ", ".join(image.suffix for image in sample.images)
+    problem = sample.problem
+    if not images:
+        problem = problem or f"the sample has no image {suffix or ''}".rstrip() + (f", only {there}" if there else "")
+        yield {Column.PATH: f"{name}/{key}", PROBLEM: problem}
+    elif len(images) > 1 and problem is None:
+        several = f"the sample {key} has several images"
+        if len({image.suffix for image in images}) > 1:
+            problem = f"{several}, {there}: name one in columns.image, or let what precedes the first dot differ"
+        else:
+            problem = f"{several} of the suffix {images[0].suffix}"
+    for image in images:
+        place = _place(name, image.offset, image.size) if problem is None else {}
+        yield {Column.PATH: f"{name}/{image.name}", PROBLEM: problem, **place}
 
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _suffixes(samples: dict[str, Sample]) -> list[str]:
-    return list(dict.fromkeys(suffix for sample in samples.values() for suffix in sample.images))
+def _suffixes(samples: Samples) -> list[str]:
+    return list(dict.fromkeys(image.suffix for sample in samples.values() for image in sample.images))
 
 
 def _place(name: str, offset: int, size: int) -> dict[str, Any]:

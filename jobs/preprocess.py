@@ -26,10 +26,11 @@ from jobs.config import PreprocessJob
 from pipelines.lease import Lease
 from pipelines.preprocess.alert import HeldError
 from pipelines.preprocess.bucket import bucket_table
+from pipelines.preprocess.sources.inputs import passed_over_words
 from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.preprocess.sources.survey import Survey, survey
 from pipelines.runs import Work
-from pipelines.schema import GARBLED, Manifest, read_manifest, require_manifest
+from pipelines.schema import GARBLED, PASSED_OVER, Manifest, read_manifest, require_manifest
 from pipelines.storage import Storage, StorageOptions
 from pipelines.tracking import Lineage, Run, closing, open_run, send_left, tracking_uri
 
@@ -173,6 +174,7 @@ def _tell(run: Run, outcome: Outcome, seconds: float) -> None:
     numbers = {f"rows_{name}": float(count) for name, count in manifest.counts.items()}
     numbers |= {f"captions_{name}": float(count) for name, count in manifest.facts.get("captions", {}).items()}
     numbers |= {f"rows_{GARBLED}": float(manifest.facts[GARBLED])} if GARBLED in manifest.facts else {}
+    numbers |= {PASSED_OVER: float(sum(manifest.facts.get(PASSED_OVER, {}).values()))}
     numbers |= {f"seconds_{name}": taken for name, taken in outcome.told.seconds.items()}
     numbers |= {f"work_{name}": float(count) for name, count in outcome.told.counts.items()}
     numbers |= {"rows": manifest.rows, "rows_made": outcome.done, "rows_failed": len(outcome.told.failures)}
@@ -228,7 +230,9 @@ def _describe(manifest: Manifest) -> str:
     dropped = sum(captions.values()) - captions.get("kept", 0)
     left_out = f", {dropped} captions of kept images left out" if dropped else ""
     garbled = f", captions of {manifest.facts[GARBLED]} images are not UTF-8" if GARBLED in manifest.facts else ""
-    return f"{manifest.rows} rows ({counts}){left_out}{garbled}"
+    passed = manifest.facts.get(PASSED_OVER, {})
+    rest = f"; {passed_over_words(passed)}" if passed else ""
+    return f"{manifest.rows} rows ({counts}){left_out}{garbled}{rest}"
 
 
 def _describe_work(outcome: Outcome) -> str:

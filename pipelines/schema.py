@@ -35,6 +35,7 @@ ROWS_AT_A_TIME = 16_384  # that are in memory as Python values
 KEY_LENGTH = 32  # hex digits of a key, as of every digest
 SCHEMA_VERSION = 4  # raised when a column changes its meaning; part of every fingerprint
 MANIFEST = "manifest.json"
+PASSED_OVER = "files_passed_over"  # fact of an index: how many files of its folders are no inputs, by suffix
 GARBLED = "garbled_captions"  # fact of an index: its rows, kept or not, with a caption of which bytes were no text
 COMPUTED = "computed_scores"  # fact of an index: the folder of the scores that its verdicts were made with
 

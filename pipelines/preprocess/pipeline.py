@@ -44,6 +44,7 @@ from pipelines.schema import (
     COMPUTED,
     GARBLED,
     MANIFEST,
+    PASSED_OVER,
     SCHEMA_VERSION,
     Column,
     DataFile,
@@ -141,7 +142,7 @@ def build_index(
             begin()
             told = _run(plan, stages, "index", dataset, resources)
         have = stored(dataset, folder, wanted, work)
-    facts: dict[str, str] = {}
+    facts: dict[str, Any] = {PASSED_OVER: dict(inputs.passed_over.most_common())} if inputs.passed_over else {}
     scores: Stored | None = None
     if scoring is not None:
         facts[COMPUTED], scores = _score(
@@ -335,7 +336,7 @@ def _commit_index(
     scores: Stored | None,
     *,
     fingerprint: Mapping[str, Any],
-    facts: Mapping[str, str],
+    facts: Mapping[str, Any],
     filters: FilterConfig,
     alerts: AlertConfig,
 ) -> tuple[Manifest, Change, str | None]:

@@ -34,8 +34,9 @@ from pipelines.preprocess.charts import (
     tiles,
 )
 from pipelines.preprocess.near import leaders
+from pipelines.preprocess.sources.inputs import passed_over_words
 from pipelines.preprocess.summary import MOST_WORDS, SHARE_BINS, SIDE_EDGES, Row, Summary, summarize
-from pipelines.schema import Column, Manifest, Reject
+from pipelines.schema import PASSED_OVER, Column, Manifest, Reject
 from pipelines.storage import Storage
 
 REPORT, TIMES = "report.html", "times.json"  # beside manifest.json
@@ -85,7 +86,7 @@ def render(summary: Summary, manifest: Manifest, times: Mapping[str, Any], read:
     thumbnails = _thumbnails(summary, read)
     parts = [
         _head(summary, manifest),
-        _funnel(summary),
+        _funnel(summary, manifest),
         _sizes(summary),
         _buckets(summary, manifest),
         _crops(summary),
@@ -113,13 +114,15 @@ def _head(summary: Summary, manifest: Manifest) -> str:
     )
 
 
-def _funnel(summary: Summary) -> str:
+def _funnel(summary: Summary, manifest: Manifest) -> str:
     rest = sum(summary.reasons.values())
     steps = [("inputs", rest, 0)]
     for reason in _reasons(summary):
         rest -= summary.reasons[reason]
         steps.append((_words(reason), rest, summary.reasons[reason]))
     text = "Each reason takes away what no earlier one has. A row has one reason, and its detail stands in the index."
+    if passed_over := manifest.facts.get(PASSED_OVER):
+        text += f" In the sources' folders, {passed_over_words(passed_over)}."
     return section("What is kept", text, funnel([*steps, ("kept", rest, 0)]))
 
 

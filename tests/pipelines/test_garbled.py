@@ -85,11 +85,16 @@ def test_captions_that_are_no_utf8_are_kept_and_counted(sources, tmp_path, monke
     said = "Captions of 3 images, kept or not, have bytes that are no UTF-8"
     assert said in report(manifest)
     assert all(name in report(manifest).partition(said)[2][:200] for name in ("images:latin.png", "tars:a.tar/one.png"))
+    (Path(sources[0].path) / "one.heic").touch()
+    manifest = build()
+    assert manifest.facts["files_passed_over"] == {".heic": 1}
+    assert _describe(manifest).endswith("are not UTF-8; files passed over for their suffix: 1 .heic")
+    assert "files passed over for their suffix: 1 .heic" in report(manifest)
     for name in ("latin", "small"):
         (Path(sources[0].path) / f"{name}.txt").write_text(WORDS)
     assert build().facts["garbled_captions"] == 1
     del sources[1]
     manifest = build()
     assert "garbled_captions" not in manifest.facts
-    assert _describe(manifest) == "4 rows (3 kept, 1 too_small)"
+    assert _describe(manifest).startswith("4 rows (3 kept, 1 too_small); files passed over")
     assert "UTF-8" not in report(manifest)

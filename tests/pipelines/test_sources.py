@@ -7,10 +7,11 @@ from pipelines.config import ColumnsConfig, SourceConfig
 from pipelines.originals import Originals
 from pipelines.preprocess.config import FilterConfig
 from pipelines.preprocess.measure import measure
-from pipelines.preprocess.sources.inputs import INPUT_SCHEMA
+from pipelines.preprocess.sources.folder import list_folder, passed_over
+from pipelines.preprocess.sources.inputs import INPUT_SCHEMA, passed_over_words
 from pipelines.preprocess.sources.listing import list_inputs
 from pipelines.preprocess.sources.survey import survey
-from pipelines.storage import StorageOptions
+from pipelines.storage import Storage, StorageOptions
 
 
 @pytest.fixture
@@ -170,6 +171,16 @@ def test_the_file_beside_may_have_its_suffix_in_capital_letters(folder):
     put(folder, "b.TXT", data=b"not this")
     put(folder, "b.txt", data=b"two")
     assert captions(folder) == {"a.JPG": "one", "b.png": "two"}
+
+
+def test_files_that_are_no_images_by_their_suffix_are_counted(folder):
+    put(folder, "a.png", "a.txt", "deep/b.JPG", "deep/b.TXT", "told.dat")
+    describe(folder, {"file_name": "a.png"}, {"file_name": "told.dat"})
+    put(folder, "c.HEIC", "deep/d.heic", "lonely.txt", "LICENSE", "v1.5 notes", "a.b/c", ".hidden")
+    files = survey(config(folder), StorageOptions()).files
+    counted = passed_over(files, list_folder(Storage(str(folder)), files, config(folder, caption="")))
+    assert counted == {".heic": 2, ".txt": 1, "": 3, ".hidden": 1}
+    assert passed_over_words({".heic": 2, "": 3}) == "files passed over for their suffix: 2 .heic, 3 without one"
 
 
 def test_metadata_goes_before_the_file_beside(folder):

@@ -114,6 +114,17 @@ def test_no_image_of_names_with_further_dots_is_lost(tmp_path):
     assert listed(source(tmp_path, image="jpg", caption="")) == [missing, ("a.tar/1.jpg", None, b"x")]
 
 
+def test_a_sample_of_another_format_is_a_row_too(tmp_path):
+    write_tar(
+        tmp_path / "a.tar", [("1.heic", b"x"), ("1.cls", b"7"), ("README", b"words"), ("2.jpg", b"y"), ("2.cls", b"7")]
+    )
+    assert listed(source(tmp_path, caption="")) == [
+        ("a.tar/1", None, "the sample has no image, only cls, heic"),
+        ("a.tar/README", None, "the sample has no image"),
+        ("a.tar/2.jpg", None, b"y"),
+    ]
+
+
 def test_suffixes_count_in_capital_letters_too(tmp_path):
     write_tar(
         tmp_path / "A.TAR", [("1.JPG", b"x"), ("1.TXT", b"one"), ("2.Jpg", b"y"), ("2.JSON", b'{"caption": "b"}')]

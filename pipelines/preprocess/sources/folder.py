@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import posixpath
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
@@ -31,7 +32,8 @@ from pipelines.preprocess.sources.inputs import (
 from pipelines.schema import Column
 from pipelines.storage import Storage
 
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA_NAME = r"(^|/)metadata\.(jsonl|csv)$"
+SUFFIX = r"\.[^./]*$"
 TEXT_SUFFIXES = (".txt", ".TXT")  # the first counts, where both are there
 FILE_NAME = "file_name"  # the column that the convention gives the image's place, below the metadata file's folder
 
@@ -54,7 +56,7 @@ def list_folder(source: Storage, files: pa.Table, config: SourceConfig) -> pa.Ta
     paths = paths.take(pc.sort_indices(paths))
     told = records.table().take(pc.index_in(paths, pa.array(described, pa.string())))
     place = pc.index_in(paths, names)
-    stems = pc.replace_substring_regex(paths, r"\.[^./]*$", "")
+    stems = pc.replace_substring_regex(paths, SUFFIX, "")
     texts = (pc.index_in(pc.binary_join_element_wise(stems, suffix, ""), names) for suffix in TEXT_SUFFIXES)
     beside = pc.coalesce(*texts)
     untold = pc.equal(pc.fill_null(pc.list_value_length(told.column(Column.CAPTIONS)), 0), 0)
@@ -78,9 +80,25 @@ def list_folder(source: Storage, files: pa.Table, config: SourceConfig) -> pa.Ta
     )
 
 
+def passed_over(files: pa.Table, rows: pa.Table) -> Counter[str]:
+    """How many of a folder's files are neither among its inputs, `rows`, nor tell of them, by suffix in small letters;
+    none, and one that is longer than such are, is the empty one."""
+    names = files.column("name")
+    paths = rows.column(Column.PATH)
+    stems = pc.unique(pc.replace_substring_regex(paths, SUFFIX, ""))
+    texts = pc.and_(
+        pc.match_substring_regex(names, r"\.txt$", ignore_case=True),
+        pc.is_in(pc.replace_substring_regex(names, SUFFIX, ""), stems),
+    )
+    taken = pc.or_(pc.is_in(names, pc.unique(paths)), pc.match_substring_regex(names, METADATA_NAME))
+    rest = names.filter(pc.invert(pc.or_(taken, texts)))
+    suffixes = pc.utf8_lower(pc.replace_substring_regex(rest, r"^.*?(\.[^./ ]{1,8})?$", r"\1"))
+    return Counter({count["values"]: count["counts"] for count in pc.value_counts(suffixes).to_pylist()})
+
+
 def _read_metadata(source: Storage, names: pa.ChunkedArray, config: SourceConfig) -> tuple[list[str], Records]:
     """The paths that metadata files describe, and what they say of each."""
-    found = names.filter(pc.match_substring_regex(names, "(^|/)(" + "|".join(METADATA).replace(".", r"\.") + ")$"))
+    found = names.filter(pc.match_substring_regex(names, METADATA_NAME))
     files = sorted(found.to_pylist(), key=lambda name: (-name.count("/"), name))  # the nearest to the images first
     folders = [name.rpartition("/")[0] for name in files]
     for one, other in pairwise(files):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ CAPTION_FILE = "caption_file"  # text file that has the captions, read together 
 CAPTION_PER_LINE = "caption_per_line"  # whether each line of that file is a caption; null where there is none
 PROBLEM = "problem"  # why there is nothing to read; null where there is
 MISSING = "there is no such file"
+NO_IMAGE = "the sample has no image"  # how such a problem begins
 
 INPUT_SCHEMA = pa.schema(
     [
@@ -86,3 +87,9 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     """Some names, for a message."""
     found = list(names)
     return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
+def passed_over_words(by_suffix: Mapping[str, int]) -> str:
+    """How many files of folders are no inputs, by suffix, for a message."""
+    suffixes = listed(f"{count} {suffix or 'without one'}" for suffix, count in by_suffix.items())
+    return f"files passed over for their suffix: {suffixes}"

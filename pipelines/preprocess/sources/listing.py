@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.originals import ABSOLUTE, source_folder
-from pipelines.preprocess.sources.folder import list_folder
-from pipelines.preprocess.sources.inputs import INPUT_SCHEMA, MISSING, PROBLEM, STAMP, keyed, listed
+from pipelines.preprocess.sources.folder import list_folder, passed_over
+from pipelines.preprocess.sources.inputs import INPUT_SCHEMA, MISSING, NO_IMAGE, PROBLEM, STAMP, keyed, listed
 from pipelines.preprocess.sources.survey import LISTINGS, Container, Survey, where_is
 from pipelines.preprocess.sources.tables import list_arrow, list_parquet
 from pipelines.preprocess.sources.tar import list_tar
@@ -33,7 +34,7 @@ def list_inputs(surveys: Sequence[Survey], options: StorageOptions) -> Iterator[
     """
     for found in surveys:
         if found.kind == "folder":
-            yield from _of_folder(found, options)
+            yield from _of_folder(found, options, Counter())
         else:
             lists = (list_container(container, options) for container in found.containers)
             yield from _checked(found, (_completed(rows, found) for rows in lists))
@@ -57,10 +58,12 @@ class Inputs:
         """`dataset` has the lists of containers; `keep` takes a table and gives it from where it is not in memory."""
         self._surveys, self._dataset, self._keep = surveys, dataset, keep
         self._pieces: list[_Piece] = []
+        self.passed_over: Counter[str] = Counter()
+        """Files of folders that are no input and tell of none, by suffix, once `keys` has gone through all."""
 
     def keys(self) -> Iterator[pa.ChunkedArray]:
         """The keys of all, in order. Raises as `list_inputs`."""
-        self._pieces = []
+        self._pieces, self.passed_over = [], Counter()
         for found in self._surveys:
             tables = self._of_folder(found) if found.kind == "folder" else _checked(found, self._of_containers(found))
             for table in tables:
@@ -80,14 +83,14 @@ class Inputs:
         return self._dataset.read_group(piece.listing, piece.group)[0] if piece.kept is None else piece.kept
 
     def _of_folder(self, found: Survey) -> Iterator[pa.Table]:
-        for rows in _of_folder(found, self._dataset.options):
+        for rows in _of_folder(found, self._dataset.options, self.passed_over):
             self._pieces.append(_Piece(found, rows.num_rows, kept=self._keep(rows)))
             yield rows
 
     def _of_containers(self, found: Survey) -> Iterator[pa.Table]:
-        """Keys, of each list a row group at a time; the first ones of several lists are read ahead."""
+        """Keys and problems, of each list a row group at a time; the first ones of several lists are read ahead."""
         names = [container.listing for container in found.containers]
-        read = partial(self._dataset.read_group, columns=[Column.KEY])
+        read = partial(self._dataset.read_group, columns=[Column.KEY, PROBLEM])
         with ThreadPoolExecutor(LISTS_AHEAD) as pool:
             for start in range(0, len(names), LISTS_AHEAD):
                 some = names[start : start + LISTS_AHEAD]
@@ -147,20 +150,22 @@ def forget_listings(surveys: Sequence[Survey], dataset: Storage) -> None:
             dataset.delete(file.name)
 
 
-def _of_folder(found: Survey, options: StorageOptions) -> Iterator[pa.Table]:
+def _of_folder(found: Survey, options: StorageOptions, rest: Counter[str]) -> Iterator[pa.Table]:
+    """Inputs of a folder with their keys; to `rest` is added what files it has besides, by suffix."""
     storage, _ = source_folder(found.source.path, options)
     rows = list_folder(storage, found.files, found.source)
+    rest.update(passed_over(found.files, rows))
     for start in range(0, rows.num_rows, ROWS_AT_A_TIME):
         yield keyed(rows.slice(start, ROWS_AT_A_TIME), found.source.name)
 
 
 def _checked(found: Survey, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """Raise FileNotFoundError, after the last, where no container has an image."""
-    rows = 0
+    images = 0
     for table in tables:
-        rows += table.num_rows
+        images += table.num_rows - (pc.sum(pc.starts_with(table.column(PROBLEM), NO_IMAGE)).as_py() or 0)
         yield table
-    if not rows:
+    if not images:
         raise FileNotFoundError(f"{where_is(found.source)}: no image in {listed(c.name for c in found.containers)}")
 
 

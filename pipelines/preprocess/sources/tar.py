@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipelines.config import SourceConfig
 from pipelines.preprocess.sources.captions import caption_columns, lines_of, text_of
 from pipelines.preprocess.sources.columns import Records, check_columns
-from pipelines.preprocess.sources.inputs import IMAGE_SUFFIXES, PROBLEM, listed, listed_table
+from pipelines.preprocess.sources.inputs import IMAGE_SUFFIXES, NO_IMAGE, PROBLEM, listed, listed_table
 from pipelines.schema import Column
 from pipelines.storage import Storage
 
@@ -39,6 +39,8 @@ class Sample:
     """What a sample's members hold."""
 
     images: list[Member] = field(default_factory=list)
+    others: set[str] = field(default_factory=set)
+    """Suffixes of what is neither an image nor text."""
     told: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
 
@@ -73,7 +75,8 @@ def list_tar(source: Storage, name: str, size: int, config: SourceConfig) -> pa.
             rows.append(row)
     if TEXT in fields:
         fields["caption"] = None  # the default name stands for the text beside the image too
-    if samples and problem is None:  # what a part of a tar lacks may be in the rest
+    known = any(sample.images or sample.told for sample in samples.values())
+    if known and problem is None:  # what a part of a tar lacks may be in the rest
         check_columns(fields, config.columns, where)
         if (image := config.columns.image) is not None and image.lower() not in (there := _suffixes(samples)):
             raise ValueError(f"{where}: source.columns.image is {image!r}, and there is only {listed(there)}")
@@ -126,10 +129,12 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, number: int, samples: S
     stem, _, suffix = base.partition(".")
     suffix = suffix.lower()
     is_image = f".{suffix}".endswith(IMAGE_SUFFIXES)
-    if member.isdir() or not (is_image or suffix in (TEXT, JSON)):
+    if member.isdir() or base.startswith("__"):  # which WebDataset keeps for what is of no sample
         return
     sample = samples.setdefault((number, f"{folder}{slash}{stem}"), Sample())
-    if not member.isreg() or member.issparse():
+    if not (is_image or suffix in (TEXT, JSON)):
+        sample.others.add(suffix)
+    elif not member.isreg() or member.issparse():
         sample.problem = f"{name} is a link or has holes"
     elif is_image:
         sample.images.append(Member(suffix, name, member.offset_data, member.size))
@@ -154,7 +159,8 @@ def _sample_rows(name: str, key: str, sample: Sample, suffix: str | None) -> Ite
     there = ", ".join(image.suffix for image in sample.images)
     problem = sample.problem
     if not images:
-        problem = problem or f"the sample has no image {suffix or ''}".rstrip() + (f", only {there}" if there else "")
+        missing, there = f"{NO_IMAGE} {suffix or ''}".rstrip(), there or listed(sorted(sample.others))
+        problem = problem or (f"{missing}, only {there}" if there else missing)
         yield {Column.PATH: f"{name}/{key}", PROBLEM: problem}
     elif len(images) > 1 and problem is None:
         several = f"the sample {key} has several images"

@@ -21,7 +21,7 @@ SUFFIXES = {"webdataset": ".tar", "parquet": ".parquet", "huggingface": ".arrow"
 PACKED_TAR = r"\.(tar\.(gz|bz2|xz|zst)|tgz)$"
 STATE, SPLITS = "state.json", "dataset_dict.json"  # what Hugging Face's datasets write beside a saved dataset
 LISTINGS = "listings"  # folder of the index in which the lists of containers are kept
-LISTING_VERSION = 3  # raised when lists of containers change; 2 has keys, 3 each image of a sample with several
+LISTING_VERSION = 4  # raised when lists of containers change; 2 has keys, 3 each image of a sample, 4 each sample
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from pipelines.config import CropConfig, Size
 
@@ -42,7 +42,8 @@ UPRIGHT_BY = {  # what brings an image of each EXIF orientation upright
 }
 TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # those that swap height and width
 ORIENTATION_TAG = 0x0112
-BITS_TAG, PHOTOMETRIC_TAG = 258, 262  # of TIFF
+BITS_TAG, PHOTOMETRIC_TAG, SAMPLE_FORMAT_TAG = 258, 262, 339  # of TIFF
+SIGNED = 2  # sample format
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L")
 STEPS = {"L;2": 85, "L;4": 17}  # of 255 between two shades of a PNG with few; its transparent one is told by number
 UNREADABLE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)
@@ -51,6 +52,7 @@ UNREADABLE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 Image.MAX_IMAGE_PIXELS = None  # the limit is filters.max_pixels, looked at before any pixel is decoded
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20  # pictures carry their making along; MAX_TEXT_MEMORY, 64 MiB, is of all
+TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own way makes noise of 16 bits in planes, and ends at tiles of an edge
 
 
 def content_id(data: bytes) -> str:
@@ -63,7 +65,19 @@ def open_image(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:  # its own words have an address in memory, which differs at each run
-        raise UnidentifiedImageError(f"cannot identify the file as any of {', '.join(FORMATS)}") from None
+        raise UnidentifiedImageError(_why_not(data)) from None
+
+
+def _why_not(data: bytes) -> str:
+    """What the decoder that knows the file by its first bytes has against it: Pillow keeps that for itself."""
+    for name in FORMATS:
+        decoder, knows = Image.OPEN[name]
+        if knows is not None and knows(data[:16]):
+            try:
+                decoder(io.BytesIO(data), "")
+            except (*DECODE_ERRORS, IndexError, TypeError) as error:
+                return f"the {name} has a header that is damaged or of a kind that is not read: {error}"
+    return f"cannot identify the file as any of {', '.join(FORMATS)}"
 
 
 def header_size(data: bytes) -> Size:
@@ -149,8 +163,8 @@ def _scale(image: Image.Image, wanted: Size) -> int:
 
 def _to_rgb(upright: Image.Image, profile: bytes | None) -> Image.Image:
     if upright.has_transparency_data:
-        layer = upright.convert("RGBA")
-        colours = layer.convert("L" if upright.mode in ("L", "LA") else "RGB")
+        layer = (upright.convert("LA") if upright.mode == "La" else upright).convert("RGBA")
+        colours = layer.convert("L" if upright.mode in ("L", "LA", "La") else "RGB")
         seen = _to_srgb(colours, profile)
         return Image.composite(seen, Image.new("RGB", seen.size, "white"), layer.getchannel("A"))
     return _to_srgb(upright.convert("RGB") if upright.mode == "P" else upright, profile)
@@ -164,7 +178,8 @@ def _shades(image: Image.Image) -> str | None:
 
 def _to_eight_bits(image: Image.Image, shades: str | None) -> Image.Image:
     """The loaded image in a mode of eight bits, its transparent colour in the same."""
-    if image.mode in ("I", "F"):
+    tags = image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
+    if image.mode in ("I", "F") or SIGNED in tags.get(SAMPLE_FORMAT_TAG, ()):
         raise ValueError("signed, 32-bit or floating-point pixels, and nothing says which value is white")
     if image.mode in SIXTEEN_BITS:
         return _upper_bits(image)

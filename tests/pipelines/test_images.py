@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from pipelines.config import CropConfig
 from pipelines.images import (
@@ -121,28 +121,49 @@ def test_of_sixteen_bits_of_each_colour_the_transparent_one_is_told_by_upper_byt
     assert pixels(data).tolist() == [[[255, 255, 255], [4, 2, 3]]]
 
 
-def tiff(pixels: bytes, bits: int, photometric: int = 1, sample_format: int = 1) -> bytes:
-    """A TIFF of one row of four gray pixels."""
-    fields = {256: 4, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: 1, 279: len(pixels)}
-    fields[339] = sample_format
-    fields[273] = 8 + 2 + 12 * len(fields) + 4
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(fields.items()))
-    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + bytes(4) + pixels
+def tiff(*planes: bytes, bits: int, photometric: int = 1, sample_format: int = 1, alpha: int | None = None) -> bytes:
+    """A TIFF of one row of four pixels, a plane for each channel; in one plane with `alpha`, of gray and that."""
+    channels = len(planes) if alpha is None else 2
+    fields = {256: [4], 257: [1], 258: [bits] * channels, 259: [1], 262: [photometric], 277: [channels], 278: [1]}
+    fields |= {273: [0] * len(planes), 279: [len(plane) for plane in planes], 284: [min(len(planes), 2)]}
+    fields |= {339: [sample_format] * channels} | ({} if alpha is None else {338: [alpha]})
+    places = [8 + 2 + 12 * len(fields) + 4]
+    for plane in planes:
+        places.append(places[-1] + len(plane))
+    fields[273], entries, values = places[:-1], b"", b""
+    for tag, numbers in sorted(fields.items()):
+        here = numbers[0] if len(numbers) == 1 else places[-1] + len(values)
+        entries += struct.pack("<HHII", tag, 4, len(numbers), here)
+        values += struct.pack(f"<{len(numbers)}I", *numbers) if len(numbers) > 1 else b""
+    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + bytes(4) + b"".join(planes) + values
 
 
 def test_a_tiff_of_sixteen_bits_whose_white_is_zero_is_turned_over():
     row = struct.pack("<4H", 0, 255, 32_768, 65_535)
-    assert pixels(tiff(row, 16))[0, :, 0].tolist() == [0, 0, 128, 255]
-    assert pixels(tiff(row, 16, photometric=0))[0, :, 0].tolist() == [255, 255, 127, 0]
+    assert pixels(tiff(row, bits=16))[0, :, 0].tolist() == [0, 0, 128, 255]
+    assert pixels(tiff(row, bits=16, photometric=0))[0, :, 0].tolist() == [255, 255, 127, 0]
 
 
 def test_a_tiff_of_twelve_bits_reaches_white():
-    assert pixels(tiff(bytes.fromhex("000 010 800 fff".replace(" ", "")), 12))[0, :, 0].tolist() == [0, 1, 128, 255]
+    row = bytes.fromhex("000 010 800 fff".replace(" ", ""))
+    assert pixels(tiff(row, bits=12))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
-@pytest.mark.parametrize(("bits", "sample_format"), [(16, 2), (32, 1), (32, 2), (32, 3)])
+def test_a_tiff_may_have_sixteen_bits_in_planes():
+    planes = [struct.pack("<4H", *(value << 8 for value in row)) for row in ((0, 1, 2, 3), (10, 20, 30, 40), (5,) * 4)]
+    seen = pixels(tiff(*planes, bits=16, photometric=2))[0]
+    assert seen.tolist() == [[0, 10, 5], [1, 20, 5], [2, 30, 5], [3, 40, 5]]
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(1, [155, 255, 255, 100]), (2, [134, 255, 255, 100])])
+def test_gray_of_a_tiff_may_be_multiplied_by_its_alpha(alpha, expected):
+    row = bytes([50, 150, 0, 0, 255, 255, 100, 255])
+    assert pixels(tiff(row, bits=8, alpha=alpha))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(("bits", "sample_format"), [(8, 2), (16, 2), (32, 1), (32, 2), (32, 3)])
 def test_signed_and_wide_pixels_are_refused_because_nothing_says_what_white_is(bits, sample_format):
-    data = tiff(bytes(4 * bits // 8), bits, sample_format=sample_format)
+    data = tiff(bytes(4 * bits // 8), bits=bits, sample_format=sample_format)
     with pytest.raises(ValueError, match="nothing says which value is white"):
         decode(data, MAX_PIXELS)
 
@@ -287,6 +308,13 @@ def test_a_damaged_file_is_decoded_or_an_error_and_nothing_else(kind):
             decode(bytes(damaged), MAX_PIXELS)
         except DECODE_ERRORS:
             pass
+
+
+def test_what_the_decoder_has_against_a_file_is_told():
+    with pytest.raises(UnidentifiedImageError, match=r"the TIFF has a header that .*: unknown pixel mode"):
+        decode(tiff(bytes(6), bits=14), MAX_PIXELS)
+    with pytest.raises(UnidentifiedImageError, match="cannot identify the file as any of JPEG, PNG, WEBP"):
+        decode(b"words", MAX_PIXELS)
 
 
 def test_a_format_that_is_not_supported_is_not_opened():

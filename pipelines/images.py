@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -50,6 +51,7 @@ UNREADABLE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)
 """A file that is not to be had. Any other error of a read is the storage's, and says nothing of the image."""
 
 
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata: thousands of lines, none of them on pixels
 Image.MAX_IMAGE_PIXELS = None  # the limit is filters.max_pixels, looked at before any pixel is decoded
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20  # pictures carry their making along; MAX_TEXT_MEMORY, 64 MiB, is of all
 TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own way makes noise of 16 bits in planes, and ends at tiles of an edge

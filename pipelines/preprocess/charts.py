@@ -34,7 +34,7 @@ th:first-child, td:first-child {{ padding-left: 0 }}
 .pairs {{ display: grid; grid-template-columns: repeat(3, 1fr); gap: 20px }}
 .pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: 10px; padding: 10px; background: {PALE};
   border-radius: 6px }}
-.pair > span {{ grid-column: 1 / 3; font-size: 12px; color: {MUTED} }}
+.pair > span {{ grid-column: 1 / 3; font-size: 12px; color: {MUTED}; overflow-wrap: anywhere }}
 figure {{ margin: 0; font-size: 12px; line-height: 1.35; min-width: 0 }}
 figure .frame {{ height: 136px; display: flex; align-items: center; justify-content: center; background: {PALE};
   border-radius: 4px; overflow: hidden; margin-bottom: 5px; color: {MUTED}; text-align: center; padding: 4px }}

@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import select
 import termios
 
 import pytest
@@ -29,7 +30,10 @@ def test_a_terminal_has_one_bar_that_is_drawn_again_and_again(drawn):
     termios.tcsetwinsize(slave, (24, 80))
     with os.fdopen(slave, "w") as terminal:
         drawn(terminal)
-        text = os.read(master, 1 << 16).decode().replace("\r\n", "\n")  # as terminals end lines
+        written = b""
+        while select.select([master], [], [], 0.1 if b"\n" in written else 30)[0]:  # it may arrive in pieces
+            written += os.read(master, 1 << 16)
+        text = written.decode().replace("\r\n", "\n")  # as terminals end lines
     os.close(master)
     assert text.count("\r") >= 4
     assert (text.count("\n"), text[-1]) == (1, "\n")
